@@ -1,0 +1,1 @@
+"""Agents: language-model policies and the algorithms that train them."""

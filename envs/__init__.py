@@ -1,0 +1,1 @@
+"""The environments; importing this package registers their ids."""

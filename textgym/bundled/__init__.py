@@ -1,0 +1,1 @@
+"""The tiny model, prompts and rewards that ship with the package."""
