@@ -1,0 +1,73 @@
+"""What a reward sees: a batch of completions with their prompts and the columns of the prompt data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+Messages: TypeAlias = list[dict[str, Any]]
+Prompt: TypeAlias = str | Messages
+Decode: TypeAlias = Callable[[list[list[int]]], list[str]]
+
+RESERVED_COLUMNS = frozenset(
+    {"prompts", "completions", "completion_ids", "segments", "segment_index", "trainer_state", "log_extra", "log_metric"}
+)
+
+
+@dataclass
+class EpisodeBatch:
+    """A batch of N completions (or of prefixes of completions) to be scored.
+
+    Attributes:
+        prompts: N prompts, each a string or a list of `{role, content}` messages.
+        completion_ids: N lists of token ids, without filler tokens, with the EOS that ended the completion.
+        columns: every other column of the prompt data, N values each.
+        decode: turns N id lists into N texts without special tokens. Called once, when a text is first asked for.
+    """
+
+    prompts: Sequence[Prompt]
+    completion_ids: list[list[int]]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    decode: Decode = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Checks that all columns have one value per completion."""
+        n = len(self.completion_ids)
+        if len(self.prompts) != n:
+            raise ValueError(f"`prompts` must hold one prompt per completion: {n} completions, {len(self.prompts)} prompts.")
+        for name, values in self.columns.items():
+            if name in RESERVED_COLUMNS:
+                raise ValueError(f"the prompt data has a column {name!r}, a name that rewards use for something else; rename the column.")
+            if len(values) != n:
+                raise ValueError(f"column {name!r} must hold one value per completion: {n} completions, {len(values)} values.")
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.completion_ids)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The N completions as plain strings, without special tokens."""
+        return list(self.decode(self.completion_ids)) if self.completion_ids else []
+
+    @cached_property
+    def completions(self) -> list[Prompt]:
+        """The N completions in the form of their prompts: a string, or `[{"role": "assistant", "content": text}]`."""
+        return [as_completion(prompt, text) for prompt, text in zip(self.prompts, self.texts, strict=True)]
+
+
+def as_completion(prompt: Prompt, text: str) -> Prompt:
+    """Returns `text` in the form that rewards get for `prompt`: a string for a string, a message list for messages (as TRL)."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def excerpt(value: object, limit: int = 100) -> str:
+    """Returns `repr(value)`, cut in the middle to about `limit` characters, for error messages."""
+    shown = repr(value)
+    half = (limit - 3) // 2
+    return shown if len(shown) <= limit else f"{shown[:half]}...{shown[-half:]}"
+
+
+def describe_row(batch: EpisodeBatch, row: int) -> str:
+    """Returns `row 3 (prompt '...', completion '...')`, for error messages."""
+    return f"row {row} (prompt {excerpt(batch.prompts[row])}, completion {excerpt(batch.texts[row])})"

@@ -1,0 +1,96 @@
+"""From whatever a user gives as a reward to a name and a function in TRL's calling form."""
+
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from textgym.rewards.bundled import bundled_reward
+from textgym.rewards.calling import RewardFunction, function_name
+
+_MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
+    """Returns the name and the function of one reward, given in any form that `RewardSet.build` lists."""
+    if isinstance(reward, str | os.PathLike):
+        return _resolve_string(os.fspath(reward))
+    if isinstance(reward, type):
+        raise ValueError(f"`reward` must be a function or an object, got the class {reward.__name__}; did you mean {reward.__name__}()?")
+    score = getattr(reward, "score", None)
+    if callable(score):
+        return function_name(reward), score
+    if not callable(reward):
+        raise ValueError(
+            f"`reward` must be a function, a list of functions, the name of a bundled reward, 'module:function', a sequence classifier "
+            f"or an object with a method `score`, got {type(reward).__name__} {reward!r}."
+        )
+    return function_name(reward), reward
+
+
+def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
+    if _MODULE_FUNCTION.fullmatch(reward) and not Path(reward).exists():
+        name, function = resolve_reward(load_reward(reward))
+        return name, function
+    _, function = resolve_reward(bundled_reward(reward))
+    return reward, function
+
+
+def load_reward(spec: str) -> Any:
+    """Loads the object that `"module:function"` (or `"path/to/file.py:function"`) names.
+
+    A module is looked for on Python's path and in the current folder.
+
+    Args:
+        spec: module and object with a colon between them; the object may be an attribute of another (`"module:rewards.first"`).
+    """
+    if not isinstance(spec, str) or not _MODULE_FUNCTION.fullmatch(spec):
+        raise ValueError(f"a reward must be given as 'module:function' or 'file.py:function', got {spec!r}.")
+    module_name, _, path = spec.rpartition(":")
+    found: Any = _load_file(module_name) if module_name.endswith(".py") else _load_module(module_name)
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            close = difflib.get_close_matches(attribute, dir(found), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"reward {spec!r}: {module_name!r} has no {attribute!r}.{hint}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _load_module(name: str) -> ModuleType:
+    # the `textgym` command, unlike `python -m`, does not have the current folder on its path
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise ValueError(f"reward: there is no module {name!r} on Python's path or in {os.getcwd()}.") from None
+
+
+def _load_file(path: str) -> ModuleType:
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ValueError(f"reward: there is no file {path!r}.")
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+        return loaded
+    if loaded is not None:
+        raise ValueError(f"reward: a module named {file.stem!r} is loaded already, from another file; rename {path!r}.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"reward: {path!r} cannot be loaded as a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # so that what it defines can be pickled
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise
+    return module
