@@ -1,0 +1,173 @@
+"""The losses of the policy-gradient family: pure functions of tensors, each with its paper and its reduction.
+
+Every table is (B, T): one row per completion, one column per token, `completion_mask` True where the policy chose the token.
+Losses are minimised, so an objective to be maximised enters with a minus.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from textgym.agents.common.importance import masked_log_ratios
+from textgym.agents.common.masking import Reduction, check_same_shape, masked_mean, reduce_tokens, zero_outside
+
+
+def reinforce_loss(
+    log_probs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    reduction: Reduction = "sequence_sum",
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """The REINFORCE surrogate, Williams 1992: its gradient is minus the policy gradient.
+
+        L = −1/B Σ_i Σ_t A_{i,t} log π(a_t|s_t),    −∇L = 1/B Σ_i Σ_t A_{i,t} ∇log π(a_t|s_t)
+
+    With A_t = return (or return-to-go) − baseline(s_t) and samples of π itself, E[−∇L] = ∇J. For samples of an older policy see
+    `advantages.importance_weighted_returns`.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        advantages: A_t, (B, T); taken as constants.
+        completion_mask: True where the policy chose the token (not prompt, not padding), (B, T) bool.
+        reduction: see `masking.reduce_tokens`; only "sequence_sum" estimates ∇J when lengths vary.
+        count: the sequences (or tokens) of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar: by default the sum over tokens, mean over sequences.
+    """
+    check_same_shape(log_probs=log_probs, advantages=advantages, completion_mask=completion_mask)
+    log_probs = zero_outside(log_probs, completion_mask)
+    return -reduce_tokens(log_probs * advantages.detach(), completion_mask, reduction=reduction, count=count)
+
+
+def clipped_surrogate_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_range: float,
+    reduction: Reduction = "sequence_sum",
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """PPO's clipped surrogate loss, Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
+
+        L = −E[ min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t) ],    ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
+
+    Where π = π_old the gradient is that of `reinforce_loss` with the same reduction.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        old_log_probs: the same under the policy that sampled, (B, T); taken as constants.
+        advantages: A_t, (B, T); taken as constants.
+        completion_mask: True where the policy chose the token (not prompt, not padding), (B, T) bool.
+        clip_range: ε, dimensionless.
+        reduction: see `masking.reduce_tokens`; "token_mean" is the usual form in implementations of PPO, which changes the
+            objective when lengths vary.
+        count: the sequences (or tokens) of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar: by default the sum over tokens, mean over sequences.
+    """
+    check_same_shape(log_probs=log_probs, advantages=advantages)
+    advantages = advantages.detach()
+    ratios = masked_log_ratios(log_probs, old_log_probs.detach(), completion_mask).exp()
+    clipped_ratios = ratios.clamp(1 - clip_range, 1 + clip_range)
+    surrogate = torch.min(ratios * advantages, clipped_ratios * advantages)
+    return -reduce_tokens(surrogate, completion_mask, reduction=reduction, count=count)
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    completion_mask: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: Reduction = "token_mean",
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """Half the squared error of the value function, clipped around the old values on request.
+
+        L = ½ (V − R̂)²    or    L = ½ max((V − R̂)², (V_old + clip(V − V_old, −ε, ε) − R̂)²)
+
+    The second form is detail 9 of Huang et al. 2022 ("The 37 Implementation Details of PPO").
+
+    Args:
+        values: V(s_t) of the value function being trained, (B, T).
+        returns: R̂_t, the targets, (B, T); taken as constants.
+        completion_mask: True where the policy chose the token, (B, T) bool.
+        old_values: V_old(s_t) of the rollout, (B, T); needed for clipping.
+        clip_range: ε in units of reward; `None` for no clipping.
+        reduction: see `masking.reduce_tokens`.
+        count: the tokens (or sequences) of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar: by default the mean over the True tokens.
+    """
+    check_same_shape(values=values, returns=returns, completion_mask=completion_mask, old_values=old_values)
+    values, returns = zero_outside(values, completion_mask), zero_outside(returns.detach(), completion_mask)
+    errors = (values - returns).square()
+    if clip_range is not None:
+        if old_values is None:
+            raise ValueError("`old_values` must be given with `clip_range`: the values are clipped around them.")
+        old_values = zero_outside(old_values.detach(), completion_mask)
+        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        errors = torch.max(errors, (clipped - returns).square())
+    return reduce_tokens(0.5 * errors, completion_mask, reduction=reduction, count=count)
+
+
+def entropy_bonus(
+    entropies: Tensor, completion_mask: Tensor, *, reduction: Reduction = "token_mean", count: float | Tensor | None = None
+) -> Tensor:
+    """The mean entropy of the policy at the visited states, to be *subtracted* from a loss (Schulman et al. 2017, eq. 9).
+
+    Args:
+        entropies: H(π(·|s_t)) in nats, (B, T).
+        completion_mask: True where the policy chose the token, (B, T) bool.
+        reduction: see `masking.reduce_tokens`.
+        count: the tokens (or sequences) of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar, at least 0: by default the mean over the True tokens, in nats per token.
+    """
+    return reduce_tokens(entropies, completion_mask, reduction=reduction, count=count)
+
+
+class RatioDiagnostics(NamedTuple):
+    """What the ratios of one minibatch look like; scalar tensors without gradient, all over the True tokens.
+
+    Attributes:
+        approx_kl: mean of (ρ − 1) − log ρ, the k3 estimate of KL(π_old ‖ π) in nats per token (Schulman 2020).
+        clip_fraction: share of the tokens with |ρ − 1| > ε.
+        mean_ratio: mean of ρ; 1 before the first step.
+        max_ratio: the largest ρ; 1 before the first step.
+    """
+
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    mean_ratio: Tensor
+    max_ratio: Tensor
+
+
+@torch.no_grad()
+def ratio_diagnostics(log_probs: Tensor, old_log_probs: Tensor, completion_mask: Tensor, *, clip_range: float) -> RatioDiagnostics:
+    """Returns the diagnostics of ρ_t = π(a_t|s_t) / π_old(a_t|s_t), for logs and for stopping at a target KL.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        old_log_probs: the same under the policy that sampled, (B, T).
+        completion_mask: True where the policy chose the token, (B, T) bool.
+        clip_range: ε of the clipped surrogate.
+    """
+    log_ratios = masked_log_ratios(log_probs, old_log_probs, completion_mask)
+    ratios = log_ratios.exp()
+    return RatioDiagnostics(
+        approx_kl=masked_mean(ratios - 1 - log_ratios, completion_mask),
+        clip_fraction=masked_mean(((ratios - 1).abs() > clip_range).to(ratios.dtype), completion_mask),
+        mean_ratio=masked_mean(ratios, completion_mask),
+        max_ratio=zero_outside(ratios, completion_mask).max(),
+    )

@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+
+from textgym.agents.common.losses import (
+    clipped_surrogate_loss,
+    entropy_bonus,
+    ratio_diagnostics,
+    reinforce_loss,
+    value_loss,
+)
+
+# Two rows of three and one tokens; NaN behind the second.
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+OLD = torch.log(torch.tensor([[0.5, 0.25, 0.5], [0.4, math.nan, math.nan]]))
+NEW = torch.log(torch.tensor([[0.25, 0.75, 0.55], [0.8, math.nan, math.nan]]))  # ratios .5, 3, 1.1 and 2
+ADVANTAGES = torch.tensor([[1.0, 2.0, -1.0], [-3.0, math.nan, math.nan]])
+
+
+def gradient(loss_of, at):
+    at = at.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(at), at)
+    return grad
+
+
+@pytest.mark.parametrize(("reduction", "divisors"), [("sequence_sum", [2, 2]), ("token_mean", [4, 4]), ("sequence_mean", [6, 2])])
+def test_reinforce_by_hand(reduction, divisors):
+    rows = [math.log(0.25) + 2 * math.log(0.75) - math.log(0.55), -3 * math.log(0.8)]
+    expected = -(rows[0] / divisors[0] + rows[1] / divisors[1])
+    assert reinforce_loss(NEW, ADVANTAGES, MASK, reduction=reduction).item() == pytest.approx(expected)
+    grad = gradient(lambda x: reinforce_loss(x, ADVANTAGES, MASK, reduction=reduction), NEW)
+    expected_grad = torch.tensor([[-1.0, -2.0, 1.0], [3.0, 0.0, 0.0]]) / torch.tensor(divisors)[:, None]
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_clipped_surrogate_by_hand():
+    # ε = 0.2. min(ρA, clip(ρ)A): ρ=.5, A=1: min(.5, .8) = .5; ρ=3, A=2: min(6, 2.4) = 2.4; ρ=1.1, A=−1: −1.1 (inside);
+    # ρ=2, A=−3: min(−6, −3.6) = −6.
+    loss = clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK, clip_range=0.2)
+    assert loss.item() == pytest.approx(-(0.5 + 2.4 - 1.1 - 6) / 2)
+    token_mean = clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK, clip_range=0.2, reduction="token_mean")
+    assert token_mean.item() == pytest.approx(-(0.5 + 2.4 - 1.1 - 6) / 4)
+
+
+def test_clipped_surrogate_gradient_by_hand():
+    # ∂/∂log π of ρA is ρA; a clipped token (the second) has none; the pessimistic side (the first and last) keeps it.
+    grad = gradient(lambda x: clipped_surrogate_loss(x, OLD, ADVANTAGES, MASK, clip_range=0.2), NEW)
+    torch.testing.assert_close(grad, -torch.tensor([[0.5, 0.0, -1.1], [-6.0, 0.0, 0.0]]) / 2)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean", "sequence_mean"])
+def test_first_step_of_ppo_is_reinforce(reduction):
+    ppo = gradient(lambda x: clipped_surrogate_loss(x, NEW, ADVANTAGES, MASK, clip_range=0.2, reduction=reduction), NEW)
+    reinforce = gradient(lambda x: reinforce_loss(x, ADVANTAGES, MASK, reduction=reduction), NEW)
+    torch.testing.assert_close(ppo, reinforce)
+
+
+def test_advantages_and_old_log_probs_are_constants():
+    advantages, old = ADVANTAGES.clone().requires_grad_(), OLD.clone().requires_grad_()
+    new = NEW.clone().requires_grad_()
+    clipped_surrogate_loss(new, old, advantages, MASK, clip_range=0.2).backward()
+    reinforce_loss(new, advantages, MASK).backward()
+    assert new.grad is not None
+    assert advantages.grad is None
+    assert old.grad is None
+
+
+def test_value_loss_by_hand():
+    values = torch.tensor([[1.0, 2.0, 0.0], [4.0, math.nan, math.nan]])
+    returns = torch.tensor([[2.0, 2.0, 3.0], [2.0, math.nan, math.nan]])
+    assert value_loss(values, returns, MASK).item() == pytest.approx(0.5 * (1 + 0 + 9 + 4) / 4)
+    assert value_loss(values, returns, MASK, reduction="sequence_sum").item() == pytest.approx(0.5 * (1 + 0 + 9 + 4) / 2)
+    torch.testing.assert_close(gradient(lambda v: value_loss(v, returns, MASK), values), torch.tensor([[-1.0, 0, -3], [2, 0, 0]]) / 4)
+
+
+def test_value_clipping_by_hand():
+    values = torch.tensor([[1.0, 3.0, 0.0], [4.0, 0.0, 0.0]])
+    old_values = torch.tensor([[0.0, 3.1, 2.0], [3.9, 0.0, 0.0]])
+    returns = torch.tensor([[2.0, 2.0, 3.0], [2.0, 0.0, 0.0]])
+    # ε = .5. Clipped values: 0.5, 3.0 (inside), 1.5, 4.0 (inside). Larger squared errors: max(1, 2.25), 1, max(9, 2.25), 4.
+    loss = value_loss(values, returns, MASK, old_values=old_values, clip_range=0.5)
+    assert loss.item() == pytest.approx(0.5 * (2.25 + 1 + 9 + 4) / 4)
+    grad = gradient(lambda v: value_loss(v, returns, MASK, old_values=old_values, clip_range=0.5), values)
+    # The first is held by the clip, the third follows its own (larger) error.
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 1.0, -3.0], [2.0, 0.0, 0.0]]) / 4)
+
+
+def test_value_targets_are_constants():
+    returns = torch.ones(2, 3, requires_grad=True)
+    value_loss(torch.zeros(2, 3, requires_grad=True), returns, MASK).backward()
+    assert returns.grad is None
+
+
+def test_entropy_bonus_is_the_mean_entropy():
+    entropies = torch.tensor([[1.0, 2.0, 3.0], [2.0, 50.0, 50.0]])
+    assert entropy_bonus(entropies, MASK).item() == 2.0
+    assert entropy_bonus(entropies, MASK, reduction="sequence_sum").item() == 4.0
+
+
+def test_ratio_diagnostics_by_hand():
+    diagnostics = ratio_diagnostics(NEW, OLD, MASK, clip_range=0.2)
+    ratios = [0.5, 3.0, 1.1, 2.0]
+    assert diagnostics.approx_kl.item() == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 4)
+    assert diagnostics.clip_fraction.item() == 0.75
+    assert diagnostics.mean_ratio.item() == pytest.approx(6.6 / 4)
+    assert diagnostics.max_ratio.item() == pytest.approx(3.0)
+    fresh = ratio_diagnostics(OLD, OLD, MASK, clip_range=0.2)
+    assert (fresh.approx_kl.item(), fresh.clip_fraction.item(), fresh.mean_ratio.item(), fresh.max_ratio.item()) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda rows, **count: reinforce_loss(NEW[rows], ADVANTAGES[rows], MASK[rows], **count),
+        lambda rows, **count: clipped_surrogate_loss(NEW[rows], OLD[rows], ADVANTAGES[rows], MASK[rows], clip_range=0.2, **count),
+    ],
+)
+def test_shuffling_and_splitting_change_no_loss(loss_of):
+    whole = loss_of(slice(None))
+    torch.testing.assert_close(loss_of([1, 0]), whole)
+    torch.testing.assert_close(loss_of([0], count=2) + loss_of([1], count=2), whole)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="`advantages` must have the shape of `log_probs`"):
+        reinforce_loss(NEW, ADVANTAGES[:, 0], MASK)
+    with pytest.raises(ValueError, match="`old_log_probs` must have the shape of `log_probs`"):
+        clipped_surrogate_loss(NEW, OLD[:1], ADVANTAGES, MASK, clip_range=0.2)
+    with pytest.raises(ValueError, match="`old_values` must be given with `clip_range`"):
+        value_loss(NEW, NEW, MASK, clip_range=0.2)
