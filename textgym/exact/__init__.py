@@ -1,1 +1,46 @@
-"""Exact solutions of small token MDPs."""
+"""The exact solver: token MDPs small enough to enumerate, and what an agent must end up with on them.
+
+`gradients` and `models` need torch and are imported by name: `from textgym.exact.models import tiny_lm`.
+"""
+
+from textgym.exact.problems import HARD_TREE_BETA, hard_tree
+from textgym.exact.solutions import (
+    FrontierPoint,
+    HardSolution,
+    SoftSolution,
+    completion_distance,
+    completion_kl,
+    expected_reward,
+    frontier,
+    hard_solution,
+    kl_divergence,
+    logit_gradient,
+    objective,
+    policy_values,
+    soft_solution,
+    total_variation,
+)
+from textgym.exact.texts import TreeReward
+from textgym.exact.tree import TokenTree, TreeBatch
+
+__all__ = [
+    "HARD_TREE_BETA",
+    "FrontierPoint",
+    "HardSolution",
+    "SoftSolution",
+    "TokenTree",
+    "TreeBatch",
+    "TreeReward",
+    "completion_distance",
+    "completion_kl",
+    "expected_reward",
+    "frontier",
+    "hard_solution",
+    "hard_tree",
+    "kl_divergence",
+    "logit_gradient",
+    "objective",
+    "policy_values",
+    "soft_solution",
+    "total_variation",
+]
