@@ -31,4 +31,6 @@ def tiny_lm(tree: TokenTree, *, width: int = 32, layers: int = 2, seed: int = 0)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config).eval()
+        model = GPT2LMHeadModel(config)
+    model.eval()
+    return model
