@@ -1,1 +1,30 @@
-"""Agents: language-model policies and the algorithms that train them."""
+"""Agents: language-model policies and the algorithms that train them.
+
+Names are loaded when first used, so that `import textgym.agents` does not load torch.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "CausalLMPolicy": "textgym.agents.policy",
+    "Sampling": "textgym.agents.common.sampling",
+    "ValueHead": "textgym.agents.common.value_heads",
+    "ValueModel": "textgym.agents.common.value_heads",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from the module it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

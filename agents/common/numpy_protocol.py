@@ -1,0 +1,120 @@
+"""The numpy protocol of `textgym.types.TokenPolicy`, optional methods included, on top of the torch scoring."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from textgym.agents.common.acting import ActingState, align_left, last_features
+from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.sampling import Sampling, kept_tokens, scale_logits, token_log_probs
+from textgym.agents.common.scoring import Rows, full_kl, lay_out, paired_log_probs, score_completions, spread
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+Observation = Mapping[str, Array]
+
+
+class NumpyProtocol:
+    """What `KLShaping` asks of a policy: arrays in, arrays out, no gradients. Mixed into `CausalLMPolicy`.
+
+    Attributes:
+        backbone: the model.
+        sampling: the distribution that is scored.
+    """
+
+    backbone: Backbone
+    sampling: Sampling
+    _acting: ActingState
+
+    @torch.no_grad()
+    def log_probs(self, observations: Observation, actions: Array) -> FloatArray:
+        """See `textgym.types.TokenPolicy`. Observations that grow by a token per call cost one cached step each."""
+        tokens = self._ids(actions)
+        logits = scale_logits(self._acting.observe(self.backbone, observations), self.sampling.temperature)
+        kept = kept_tokens(logits, self.sampling)
+        if kept is not None:
+            logits = logits.masked_fill(~kept.scatter(-1, tokens.unsqueeze(-1), True), -torch.inf)
+        return _numpy(token_log_probs(logits, tokens))
+
+    @torch.no_grad()
+    def sequence_log_probs(self, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array) -> FloatArray:
+        """See `textgym.types.TokenPolicy`."""
+        layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
+        return _numpy(score_completions(self.backbone, layout, self.sampling).log_probs)
+
+    @torch.no_grad()
+    def paired_log_probs(self, reference: Any, observations: Observation, actions: Array) -> tuple[FloatArray, FloatArray]:
+        """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
+        other = self._other(reference)
+        pair = _last_pair(self.backbone, other, observations)
+        first, second = paired_log_probs(self.backbone, pair[0], other, pair[1], self._ids(actions), self.sampling)
+        return _numpy(first), _numpy(second)
+
+    @torch.no_grad()
+    def paired_sequence_log_probs(
+        self, reference: Any, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array
+    ) -> tuple[FloatArray, FloatArray]:
+        """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
+        other = self._other(reference)
+        layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
+        pair = _sequence_pair(self.backbone, other, layout)
+        first, second = paired_log_probs(self.backbone, pair[0], other, pair[1], layout.targets, self.sampling)
+        return _numpy(spread(first, layout.mask)), _numpy(spread(second, layout.mask))
+
+    @torch.no_grad()
+    def full_kl(self, reference: Any, observations: Observation) -> FloatArray:
+        """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
+        other = self._other(reference)
+        pair = _last_pair(self.backbone, other, observations)
+        return _numpy(full_kl(self.backbone, pair[0], other, pair[1], self.sampling))
+
+    @torch.no_grad()
+    def sequence_full_kl(self, reference: Any, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array) -> FloatArray:
+        """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
+        other = self._other(reference)
+        layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
+        pair = _sequence_pair(self.backbone, other, layout)
+        return _numpy(spread(full_kl(self.backbone, pair[0], other, pair[1], self.sampling), layout.mask))
+
+    def _ids(self, array: Array | Tensor) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.int64, device=self.backbone.device)
+
+    def _layout(self, *arrays: Array | Tensor) -> Rows:
+        prompt_ids, prompt_lengths, actions, lengths = (self._ids(array) for array in arrays)
+        return lay_out(prompt_ids, prompt_lengths, actions, lengths)
+
+    def _other(self, reference: Any) -> Backbone:
+        other = getattr(reference, "backbone", None)
+        if not isinstance(other, Backbone):
+            raise ValueError(f"`reference` must be a CausalLMPolicy to be compared token by token, got {type(reference).__name__}.")
+        if other.vocab_size != self.backbone.vocab_size:
+            raise ValueError(
+                f"`reference` has a vocabulary of {other.vocab_size} tokens and the policy one of {self.backbone.vocab_size}: "
+                "log-probs of the two can only be compared under one tokenizer."
+            )
+        return other
+
+
+def _last_pair(first: Backbone, second: Backbone, observation: Observation) -> tuple[Tensor, Tensor]:
+    first.without_dropout()
+    second.without_dropout()
+    ids, lengths = align_left(observation)
+    return last_features(first, ids, lengths), last_features(second, ids, lengths)
+
+
+def _sequence_pair(first: Backbone, second: Backbone, layout: Rows) -> tuple[Tensor, Tensor]:
+    pair = []
+    for backbone in (first, second):
+        backbone.without_dropout()
+        backbone.check_length(layout.input_ids.shape[1], "Scoring")
+        pair.append(backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns])
+    return pair[0], pair[1]
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    array: FloatArray = tensor.float().cpu().numpy()
+    return array

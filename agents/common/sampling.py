@@ -1,0 +1,146 @@
+"""The sampling distribution: temperature, then the kept set (legal actions, top-k, top-p, min-p), then a draw from exactly that.
+
+Generation and scoring both go through this module, so that the distribution that is sampled is the distribution that is scored.
+A *kept set* is a boolean mask over the vocabulary, True = the token can be drawn; it travels packed, eight tokens to a byte.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a policy turns logits into a distribution. The defaults leave the model's own distribution untouched.
+
+    The steps apply in this order, each to the renormalised outcome of the one before:
+
+    Attributes:
+        temperature: logits are divided by it; above 0, dimensionless.
+        top_k: keep the k most probable tokens (ties with the k-th are kept too); 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose mass reaches `top_p`, in (0, 1]; 1 keeps all.
+        min_p: keep the tokens with at least `min_p` times the probability of the most probable one, in [0, 1); 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks every field, so that a wrong one fails where it was written."""
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"`temperature` must be a finite number above 0, got {self.temperature}. "
+                "For the most probable token use `generate(..., temperature=0)` or `predict(..., deterministic=True)`."
+            )
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"`top_k` must be a whole number >= 0 (0 keeps every token), got {self.top_k}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`top_p` must be in (0, 1] (1 keeps every token), got {self.top_p}.")
+        if not 0.0 <= self.min_p < 1.0:
+            raise ValueError(f"`min_p` must be in [0, 1) (0 keeps every token), got {self.min_p}.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can be left out of the distribution."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Returns float32 logits of the sampling distribution before truncation, (..., V)."""
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def kept_tokens(logits: Tensor, sampling: Sampling, legal: Tensor | None = None) -> Tensor | None:
+    """The set of tokens that can be drawn.
+
+    Args:
+        logits: after the temperature, float32, (..., V).
+        sampling: top-k, top-p and min-p are read.
+        legal: True = allowed before any truncation, broadcastable to `logits`, bool; None allows all.
+
+    Returns:
+        (..., V) bool, True = kept; None when nothing is left out.
+    """
+    if not sampling.truncates:
+        return None if legal is None else legal.expand_as(logits)
+    with torch.no_grad():
+        logits = logits.detach()
+        if legal is not None:
+            logits = logits.masked_fill(~legal, -torch.inf)
+        if 0 < sampling.top_k < logits.shape[-1]:
+            kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if sampling.top_p < 1.0:
+            probs = logits.softmax(-1)
+            ordered = probs.sort(dim=-1, descending=True).values
+            # A token stays while the mass before it is short of top_p. The cut is made on the probability of the last one that stays,
+            # not on ranks, so that equal probabilities share one fate and the set does not depend on the order of a sort.
+            stays = ordered.cumsum(-1) - ordered < sampling.top_p
+            least = ordered.masked_fill(~stays, torch.inf).amin(-1, keepdim=True)
+            logits = logits.masked_fill(probs < least, -torch.inf)
+        if sampling.min_p > 0.0:
+            cut = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+            logits = logits.masked_fill(logits < cut, -torch.inf)
+        return logits > -torch.inf
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws one token per row by inverting the cumulative distribution.
+
+    One number per row is enough, so a row's draw depends on nothing but its own logits and its own number: the batch can be split,
+    shuffled or thinned out without changing what any row gets. The sums run in float64, so that the rarest tokens keep their probability.
+
+    Args:
+        logits: float32, -inf outside the kept set, (B, V).
+        uniforms: in [0, 1), float64, (B,).
+
+    Returns:
+        tokens (B,) int64 and their log-probs (B,) float32, under softmax(logits).
+    """
+    top = logits.amax(-1, keepdim=True)
+    cumulative = (logits - top).exp_().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
+    # u * total can round up to the total itself; the last token of positive probability is then the right one.
+    last = torch.searchsorted(cumulative, total)
+    tokens = torch.minimum(tokens, last)
+    log_probs = logits.gather(-1, tokens) - top - total.log().float()
+    return tokens.squeeze(-1), log_probs.squeeze(-1)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Returns log softmax(logits)[tokens], (...), for float32 logits (..., V) and tokens (...) int64. Differentiable."""
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def distribution_entropy(logits: Tensor) -> Tensor:
+    """Returns the entropy of softmax(logits) in nats, (...), for float32 logits (..., V) that may hold -inf. Differentiable."""
+    log_probs = logits.log_softmax(-1)
+    # 0 log 0 = 0; without the fill, 0 * -inf would be NaN, in the value and in the gradient.
+    log_probs = log_probs.masked_fill(logits == -torch.inf, 0.0)
+    return -(logits.softmax(-1) * log_probs).sum(-1)
+
+
+def packed_width(vocab_size: int) -> int:
+    """Returns the bytes of one packed kept set, ceil(V / 8)."""
+    return -(-vocab_size // 8)
+
+
+def pack_kept(kept: Tensor) -> Tensor:
+    """Packs kept sets (..., V) bool into bits (..., ceil(V/8)) uint8; token v is bit v % 8 of byte v // 8 (numpy's bitorder "little")."""
+    vocab_size = kept.shape[-1]
+    bits = torch.nn.functional.pad(kept.to(torch.uint8), (0, -vocab_size % 8)).unflatten(-1, (-1, 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (bits << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack_kept(packed: Tensor, vocab_size: int) -> Tensor:
+    """Undoes `pack_kept`: (..., ceil(V/8)) uint8 to (..., V) bool."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :vocab_size].bool()

@@ -1,0 +1,213 @@
+"""Teacher-forced scoring: log-probs, entropies, values and divergences of whole completions in one pass of the model.
+
+The head is applied where a completion token is predicted and nowhere else. Once the logits of all those positions would be large they
+are made chunk by chunk, and made again in the backward pass, so that no (B, T, V) float32 tensor ever exists.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.sampling import (
+    Sampling,
+    distribution_entropy,
+    kept_tokens,
+    pack_kept,
+    scale_logits,
+    token_log_probs,
+    unpack_kept,
+)
+
+# Up to so many float32 logits (64 MB) are held at once, and kept for the backward pass; beyond it, chunks of so many are made (32 MB).
+PLAIN_LOGITS = 2**24
+CHUNK_LOGITS = 2**23
+
+
+@dataclass(eq=False)
+class Scores:
+    """What a policy says about completions. Everything is zero from `lengths` on.
+
+    Attributes:
+        log_probs: log π(y_t|s_t) under the sampling distribution, in nats, (B, T) float32.
+        entropy: entropy of the sampling distribution at s_t, in nats, (B, T) float32; None unless asked for.
+        hidden: last hidden state at s_t, the position that predicts token t, (B, T, H) in the model's dtype; None unless asked for.
+        values: what the value head given says at s_t, (B, T) float32; None without one.
+        kept: the packed kept sets that `log_probs` were renormalised over, (B, T, ceil(V/8)) uint8; None unless asked for, and when
+            every token is kept.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    hidden: Tensor | None = None
+    values: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Prompts and completions put end to end, from column 0: plain causal attention is right for them, padding comes after.
+
+    Attributes:
+        input_ids: (B, S) int64; 0 past the end.
+        rows: row of each completion token, (N,) int64, N the number of completion tokens; row-major order.
+        columns: column of `input_ids` whose features predict that token, (N,) int64.
+        targets: the token, (N,) int64.
+        mask: the completion tokens' places, (B, T) bool.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+def lay_out(prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Rows:
+    """Puts left-padded prompts (B, P) and completions (B, T) end to end. Ids outside the given lengths are never looked at."""
+    width, steps = prompt_ids.shape[1], completion_ids.shape[1]
+    device = prompt_ids.device
+    mask = torch.arange(steps, device=device) < lengths.unsqueeze(1)
+    # The last token of a completion predicts nothing that is scored, so it is no input.
+    inputs = prompt_lengths + (lengths - 1).clamp(min=0)
+    columns = torch.arange(int(inputs.max()), device=device)
+    source = (columns + (width - prompt_lengths).unsqueeze(1)).clamp_(max=width + steps - 1)
+    ids = torch.cat((prompt_ids, completion_ids), 1).gather(1, source)
+    rows, offsets = mask.nonzero(as_tuple=True)
+    return Rows(
+        input_ids=ids.masked_fill(columns >= inputs.unsqueeze(1), 0),
+        rows=rows,
+        columns=prompt_lengths[rows] - 1 + offsets,
+        targets=completion_ids[rows, offsets],
+        mask=mask,
+    )
+
+
+def score_completions(
+    backbone: Backbone,
+    layout: Rows,
+    sampling: Sampling,
+    *,
+    kept: Tensor | None = None,
+    entropy: bool = False,
+    hidden: bool = False,
+    value_head: nn.Module | None = None,
+    return_kept: bool = False,
+) -> Scores:
+    """Scores completions in one pass, with gradients where they are enabled.
+
+    Args:
+        backbone: the model.
+        layout: from `lay_out`.
+        sampling: temperature and truncation of the distribution that is scored.
+        kept: packed kept sets to renormalise over, (B, T, ceil(V/8)) uint8, as generation returned them; they take the place of top-k,
+            top-p and min-p. None: the kept set is worked out from the present logits. Either way a token that was chosen counts as kept.
+        entropy: also give entropies.
+        hidden: also give hidden states.
+        value_head: (N, H) to (N,); also give its values.
+        return_kept: also give the packed kept sets.
+    """
+    backbone.without_dropout()
+    backbone.check_length(layout.input_ids.shape[1], "Scoring")
+    features, states = backbone.features_and_hidden(layout.input_ids, None, None)
+    features, states = features[layout.rows, layout.columns], states[layout.rows, layout.columns]
+    kept_rows = None if kept is None else kept[layout.mask]
+
+    def statistics(features: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        logits, kept_now = _sampling_logits(backbone, features, targets, sampling, kept)
+        found = [token_log_probs(logits, targets)]
+        if entropy:
+            found.append(distribution_entropy(logits))
+        if return_kept and kept_now is not None:
+            found.append(pack_kept(kept_now))
+        return tuple(found)
+
+    found = list(_in_chunks(statistics, backbone.vocab_size, features, layout.targets, kept_rows))
+    log_probs = found.pop(0)
+    return Scores(
+        log_probs=spread(log_probs, layout.mask),
+        entropy=spread(found.pop(0), layout.mask) if entropy else None,
+        hidden=spread(states, layout.mask) if hidden else None,
+        values=None if value_head is None else spread(value_head(states).float(), layout.mask),
+        kept=spread(found.pop(0), layout.mask) if found else None,
+    )
+
+
+def paired_log_probs(
+    backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, targets: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets` (N,) under two models at one temperature, both renormalised over the tokens that the first one keeps.
+
+    Returns:
+        (N,) and (N,) float32.
+    """
+
+    def statistics(features: Tensor, other_features: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits, other_logits = _paired_logits(backbone, features, other, other_features, targets, sampling)
+        return token_log_probs(logits, targets), token_log_probs(other_logits, targets)
+
+    first, second = _in_chunks(statistics, backbone.vocab_size, features, other_features, targets)
+    return first, second
+
+
+def full_kl(backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, sampling: Sampling) -> Tensor:
+    """Returns KL(first ‖ other) over the whole vocabulary at each of N states, in nats, (N,) float32; see `paired_log_probs`."""
+
+    def statistics(features: Tensor, other_features: Tensor) -> tuple[Tensor, ...]:
+        logits, other_logits = _paired_logits(backbone, features, other, other_features, None, sampling)
+        log_ratio = logits.log_softmax(-1) - other_logits.log_softmax(-1)
+        return ((logits.softmax(-1) * log_ratio.masked_fill(logits == -torch.inf, 0.0)).sum(-1),)
+
+    return _in_chunks(statistics, backbone.vocab_size, features, other_features)[0]
+
+
+def _sampling_logits(
+    backbone: Backbone, features: Tensor, targets: Tensor, sampling: Sampling, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns float32 logits with -inf outside the kept set, and that set; both (N, V)."""
+    logits = scale_logits(backbone.logits(features), sampling.temperature)
+    mask = kept_tokens(logits, sampling) if kept is None else unpack_kept(kept, backbone.vocab_size)
+    if mask is None:
+        return logits, None
+    # Rounding may put a token at the edge of the set on the other side than at sampling; it was drawn, so it was in.
+    mask = mask.scatter(-1, targets.unsqueeze(-1), True)
+    return logits.masked_fill(~mask, -torch.inf), mask
+
+
+def _paired_logits(
+    backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, targets: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    logits = scale_logits(backbone.logits(features), sampling.temperature)
+    other_logits = scale_logits(other.logits(other_features), sampling.temperature)
+    mask = kept_tokens(logits, sampling)
+    if mask is None:
+        return logits, other_logits
+    if targets is not None:
+        mask = mask.scatter(-1, targets.unsqueeze(-1), True)
+    return logits.masked_fill(~mask, -torch.inf), other_logits.masked_fill(~mask, -torch.inf)
+
+
+def _in_chunks(function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Applies `function` to N positions: at once while their logits are few, else in chunks that the backward pass makes again."""
+    first = inputs[0]
+    assert first is not None, "the first input has one line per position"
+    positions = first.shape[0]
+    if positions * vocab_size <= PLAIN_LOGITS:
+        return function(*inputs)
+    size = max(1, CHUNK_LOGITS // vocab_size)
+    pieces = []
+    for start in range(0, positions, size):
+        chunk = [None if tensor is None else tensor[start : start + size] for tensor in inputs]
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(function(*chunk))
+    return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """Puts (N, ...) back into (B, T, ...), zero elsewhere. Differentiable."""
+    return flat.new_zeros((*mask.shape, *flat.shape[1:])).index_put((mask,), flat)

@@ -1,0 +1,416 @@
+"""`CausalLMPolicy`: a transformers causal LM as a policy over tokens, which samples, scores and acts with one and the same distribution."""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3.common.utils import get_device
+from torch import Tensor, nn
+
+from textgym.agents.common.acting import ActingState
+from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.cached_decoder import ActionMasker, PolicyMask
+from textgym.agents.common.generation import DecodeOptions, Generation, decode, pad_left
+from textgym.agents.common.numpy_protocol import NumpyProtocol
+from textgym.agents.common.sampling import Sampling, draw, kept_tokens, scale_logits
+from textgym.agents.common.scoring import Scores, score_completions
+
+Array = npt.NDArray[Any]
+Observation = Mapping[str, Array]
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Observation | tuple[Any, Any]
+
+
+class CausalLMPolicy(NumpyProtocol, nn.Module):
+    """A causal language model that chooses tokens.
+
+    Sampling (`generate`, `predict`) and scoring (`score`, `log_probs`, ...) use the same distribution: the model's logits over the
+    tokenizer's vocabulary, divided by `temperature`, restricted by `top_k`, `top_p` and `min_p`, renormalised. Nothing is inherited from
+    the model's `generation_config`. Dropout is off at all times: the model stays in evaluation mode, whatever `train()` is called with.
+
+    Args:
+        model: a transformers causal LM, or a peft model around one.
+        tokenizer: its tokenizer; V = `len(tokenizer)`.
+        temperature: see `Sampling`.
+        top_k: see `Sampling`.
+        top_p: see `Sampling`.
+        min_p: see `Sampling`.
+        device: where the model goes; "auto" takes a GPU if there is one. A model spread by `device_map` stays where it is.
+        eos_token_ids: the ids that end a completion; by default the tokenizer's.
+        seed: of the policy's own random generator, which serves whenever no seed or generator is given; None seeds it from the system.
+
+    Attributes:
+        model: the transformers (or peft) model itself.
+        tokenizer: the transformers tokenizer itself.
+        vocab_size: V.
+        sampling: the distribution, a `Sampling`.
+        eos_token_ids: tuple of int.
+        fill_token_id: what stands past the end of a completion; nothing depends on it.
+        frozen: True for a reference: it is never scored with gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        device: torch.device | str = "auto",
+        eos_token_ids: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.sampling = Sampling(temperature, top_k, top_p, min_p)
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.eos_token_ids = _eos_ids(tokenizer, eos_token_ids, self.vocab_size)
+        self.fill_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.frozen = False
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(get_device(device))
+        self.model = model
+        self.backbone = Backbone(model, self.vocab_size)
+        self._acting = ActingState()
+        self._generator: torch.Generator | None = None
+        self._seed = seed
+        self.train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
+        lora: Any = None,
+        **settings: Any,
+    ) -> "CausalLMPolicy":
+        """Loads model and tokenizer.
+
+        Args:
+            path: a folder that `save_pretrained` wrote, or an id of the Hugging Face hub (its cache, or a download).
+            device: see the class.
+            dtype: of the weights; "auto" keeps that of the checkpoint.
+            trust_remote_code: run Python code that comes with the checkpoint.
+            lora: a `peft.LoraConfig`: train this adapter and leave the weights alone.
+            **settings: further arguments of the class (`temperature`, ...).
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # loads a great many modules; importing this file should not
+
+        name = os.fspath(path)
+        _check_source(name)
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": Path(name).is_dir()}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        except OSError as error:
+            raise ValueError(
+                f"`path`: no model and tokenizer could be loaded from {name!r}. Give a folder that holds both, or an id of the hub that "
+                f"can be reached from here. ({error})"
+            ) from error
+        if lora is not None:
+            from peft import get_peft_model  # an extra: needed only here
+
+            model = get_peft_model(model, lora)
+        return cls(model, tokenizer, device=device, **settings)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model and tokenizer as transformers reads them (a LoRA policy: the adapter alone); weights as safetensors only."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def reference(self) -> "CausalLMPolicy":
+        """Returns a frozen copy; for a LoRA policy, the same weights with the adapter off, which needs no copy."""
+        if self.is_adapter:
+            frozen = copy.copy(self)
+            # nn.Module keeps its registries in dicts that a shallow copy would share.
+            frozen._modules = dict(self._modules)
+            frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True)
+            frozen._acting, frozen._generator = ActingState(), None
+        else:
+            frozen = copy.deepcopy(self)
+            frozen.requires_grad_(False)
+        frozen.frozen = True
+        return frozen
+
+    frozen_copy = reference
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model is a peft model: its adapter is trained, its weights are not."""
+        return hasattr(self.model, "disable_adapter") and hasattr(self.model, "peft_config")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.backbone.device
+
+    @property
+    def hidden_size(self) -> int:
+        """H, for value heads."""
+        return int(self.backbone.config.get_text_config().hidden_size)
+
+    def seed(self, seed: int | None) -> None:
+        """Restarts the policy's own random generator."""
+        self._seed, self._generator = seed, None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The policy's own random generator."""
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = torch.Generator(self.device)
+            if self._seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self._seed)
+        return self._generator
+
+    def train(self, mode: bool = True) -> "CausalLMPolicy":
+        """Keeps everything in evaluation mode: with dropout the policy that is scored is not the one that sampled."""
+        del mode
+        return super().train(False)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Stable-Baselines3's name for `train`."""
+        self.train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what belongs to a running loop: caches and the generator."""
+        return {**self.__dict__, "_acting": ActingState(), "_generator": None}
+
+    # --- sampling
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 32,
+        temperature: float | None = None,
+        num_generations: int = 1,
+        seed: int | None = None,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        min_new_tokens: int = 0,
+        stop_strings: str | Sequence[str] | None = None,
+        action_mask: Tensor | ActionMasker | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Generation:
+        """Completes prompts.
+
+        Args:
+            prompts: texts, message lists (through the chat template), id lists, an observation of the environment, or a pair
+                (left-padded ids (B, P), lengths (B,)).
+            max_new_tokens: a completion ends there, or at EOS.
+            temperature: this call's own; 0 takes the most probable token each time. None: the policy's.
+            num_generations: completions per prompt; rows are prompt-major.
+            seed: the same seed gives the same completions. None: the policy's own generator goes on.
+            top_k: this call's own, None: the policy's.
+            top_p: this call's own, None: the policy's.
+            min_p: this call's own, None: the policy's.
+            min_new_tokens: EOS is left out of the distribution before that many.
+            stop_strings: a completion also ends with the token that makes its text contain one of these. The environment knows nothing
+                of them: to it, such a completion has not ended.
+            action_mask: legal tokens, (V,) or (B, V) bool, or an `ActionMasker`; the distribution is renormalised over them.
+            generator: takes the place of `seed`.
+        """
+        given = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
+        prompt_ids, prompt_lengths = self.encode_prompts(prompts)
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("Give `seed` or `generator`, not both: a generator carries its own state.")
+            generator = torch.Generator(self.device).manual_seed(seed)
+        return self.generate_ids(
+            prompt_ids,
+            prompt_lengths,
+            max_new_tokens,
+            generator=generator,
+            sampling=sampling,
+            num_generations=num_generations,
+            greedy=temperature == 0,
+            min_new_tokens=min_new_tokens,
+            stop_strings=stop_strings,
+            action_mask=action_mask,
+        )
+
+    def generate_ids(
+        self,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        max_new_tokens: int,
+        *,
+        generator: torch.Generator | None = None,
+        sampling: Sampling | None = None,
+        num_generations: int = 1,
+        greedy: bool = False,
+        min_new_tokens: int = 0,
+        stop_strings: str | Sequence[str] | None = None,
+        action_mask: Tensor | ActionMasker | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> Generation:
+        """Completes prompts given as ids, (B, P) int64 left-padded with lengths (B,).
+
+        `greedy` takes the most probable token; `log_probs` are still those of `sampling`. `eos_token_ids` stand in for the policy's own
+        (an environment may have others). The rest is as in `generate`.
+        """
+        _check_counts(max_new_tokens=max_new_tokens, num_generations=num_generations)
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(f"`min_new_tokens` must be between 0 and `max_new_tokens` = {max_new_tokens}, got {min_new_tokens}.")
+        prompt_ids, prompt_lengths = self._ids(prompt_ids), self._ids(prompt_lengths)
+        options = DecodeOptions(
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or self.sampling,
+            num_generations=num_generations,
+            greedy=greedy,
+            min_new_tokens=min_new_tokens,
+            eos_token_ids=self.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids),
+            fill_token_id=self.fill_token_id,
+            stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ()),
+            action_mask=action_mask,
+        )
+        return decode(self.backbone, prompt_ids, prompt_lengths, options, generator or self.generator, self.decode_texts)
+
+    def kept_mask(self, sampling: Sampling) -> PolicyMask:
+        """Returns an `ActionMasker` of the tokens that this policy keeps under `sampling`, for `action_mask` of another one."""
+        return PolicyMask(self.backbone, sampling)
+
+    def decode_texts(self, ids: list[list[int]]) -> list[str]:
+        """Decodes id lists, without special tokens and without tidying up spaces."""
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts
+
+    def encode_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Turns every form of prompts that `generate` takes into left-padded ids (B, P) and lengths (B,)."""
+        if isinstance(prompts, Mapping):
+            mask = np.atleast_2d(np.asarray(prompts["attention_mask"])) != 0
+            ids = np.atleast_2d(np.asarray(prompts["input_ids"]))
+            return pad_left([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], self.fill_token_id, self.device)
+        if isinstance(prompts, tuple):
+            ids, lengths = prompts
+            return torch.as_tensor(ids, device=self.device), torch.as_tensor(lengths, device=self.device)
+        if isinstance(prompts, str):
+            raise ValueError(f"`prompts` must be a list of prompts, got one string: write [{prompts[:20]!r}].")
+        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        empty = [index for index, row in enumerate(rows) if not row]
+        if not rows or empty:
+            raise ValueError(f"`prompts` must hold at least one prompt, each of at least one token; empty: {empty if rows else 'all'}.")
+        return pad_left(rows, self.fill_token_id, self.device)
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return [int(token) for token in prompt]
+
+    # --- scoring, torch
+
+    def score(
+        self,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        completion_ids: Tensor,
+        lengths: Tensor,
+        *,
+        entropy: bool = False,
+        hidden: bool = False,
+        values: nn.Module | None = None,
+        keep: Tensor | None = None,
+        return_keep: bool = False,
+        sampling: Sampling | None = None,
+    ) -> Scores:
+        """Scores completions in one teacher-forced pass, with gradients where they are enabled (a frozen policy: never).
+
+        Args:
+            prompt_ids: (B, P) int64, left-padded.
+            prompt_lengths: (B,) int64.
+            completion_ids: (B, T) int64; the first `lengths[i]` count.
+            lengths: (B,) int64.
+            entropy: also give the entropies.
+            hidden: also give the hidden states at s_t.
+            values: a value head, whose values at s_t are given too.
+            keep: kept sets to renormalise over, as `Generation.kept` holds them. None with truncation on: those of the present logits.
+            return_keep: also give the kept sets that were used.
+            sampling: another distribution than the policy's own.
+        """
+        layout = self._layout(prompt_ids, prompt_lengths, completion_ids, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return score_completions(
+                self.backbone,
+                layout,
+                sampling or self.sampling,
+                kept=None if keep is None else keep.to(self.device),
+                entropy=entropy,
+                hidden=hidden,
+                value_head=values,
+                return_kept=return_keep,
+            )
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, Any]:
+        """Chooses the next token, as Stable-Baselines3's policies do.
+
+        Args:
+            observation: one observation or a batch.
+            state: an `ActingState` of the caller's own, if several loops share this policy; None uses the policy's. A key-value cache is
+                reused for rows that have grown by one token since the last call with the same state.
+            episode_start: not needed: a row that starts again is recognised by its tokens.
+            deterministic: the most probable token instead of a draw.
+
+        Returns:
+            the action(s), int64, and the state used.
+        """
+        del episode_start
+        single = np.ndim(observation["input_ids"]) == 1
+        batch = {key: np.atleast_2d(np.asarray(observation[key])) for key in ("input_ids", "attention_mask")}
+        acting = state if isinstance(state, ActingState) else self._acting
+        with torch.no_grad():
+            logits = scale_logits(acting.observe(self.backbone, batch), self.sampling.temperature)
+            if deterministic:
+                tokens = logits.argmax(-1)
+            else:
+                kept = kept_tokens(logits, self.sampling)
+                logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
+                uniforms = torch.rand(len(logits), generator=self.generator, device=self.device, dtype=torch.float64)
+                tokens = draw(logits, uniforms)[0]
+        actions = tokens.cpu().numpy()
+        return (actions[0] if single else actions), acting
+
+
+def _eos_ids(tokenizer: Any, eos_token_ids: Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
+    if eos_token_ids is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("`tokenizer` has no EOS token: give `eos_token_ids`, or set `tokenizer.eos_token`.")
+        eos_token_ids = (tokenizer.eos_token_id,)
+    ids = tuple(int(token) for token in eos_token_ids)
+    if not ids or not all(0 <= token < vocab_size for token in ids):
+        raise ValueError(f"`eos_token_ids` must be ids below the vocabulary size {vocab_size}, at least one, got {ids}.")
+    return ids
+
+
+def _check_source(name: str) -> None:
+    """A path that does not exist should say so, not ask a hub for a repository of that name."""
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.sep * 2 in name
+    if looks_like_path and not Path(name).is_dir():
+        raise ValueError(f"`path`: there is no folder {name!r}. Give a folder that `save_pretrained` wrote, or an id of the hub.")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
