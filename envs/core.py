@@ -1,0 +1,226 @@
+"""The one core of the text environments: the state of N rows of tokens. `TextGenEnv` is its face for one row, `TextGenVectorEnv` for many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from textgym.envs.task import TextTask
+from textgym.prompts import Prompt, copy_prompt
+from textgym.rewards.compose import EpisodeBatch
+from textgym.tokenizers import decode
+from textgym.types import BoolArray, FinishReason, Info, IntArray, Observation
+
+Float64Array = npt.NDArray[np.float64]
+
+
+class Phase:
+    """Where a row stands. Plain numbers: comparing a numpy scalar with an `Enum` takes longer than a whole step."""
+
+    NEEDS_RESET: Final = 0
+    """It was never reset, or a whole sequence was taken through it."""
+    RUNNING: Final = 1
+    """Its episode goes on."""
+    ENDED: Final = 2
+    """Its episode has ended and it was not reset since."""
+
+
+@dataclass
+class Outcome:
+    """What came of K episodes that ended together.
+
+    Attributes:
+        batch: the episodes as the rewards saw them.
+        finish_reasons: K reasons.
+        parts: the unweighted rewards by name, (K,) each, NaN where a part did not apply to the row.
+    """
+
+    batch: EpisodeBatch
+    finish_reasons: list[FinishReason]
+    parts: dict[str, Float64Array]
+
+    def texts(self) -> dict[str, list[Any]]:
+        """Returns the columns of the final info except `rewards`, K values each, every object new."""
+        return {
+            "prompt": [copy_prompt(prompt) for prompt in self.batch.prompts],
+            "completion": self.batch.texts,
+            "completion_ids": [list(ids) for ids in self.batch.completion_ids],
+            "finish_reason": self.finish_reasons,
+        }
+
+    def infos(self) -> list[Info]:
+        """Returns the final info of each of the K episodes."""
+        columns = self.texts()
+        rewards = [
+            {name: value for name, value in zip(self.parts, values, strict=True) if value == value}  # NaN: the part did not apply
+            for values in zip(*(part.tolist() for part in self.parts.values()), strict=True)
+        ]
+        rows = zip(*columns.values(), strict=True)
+        return [{**dict(zip(columns, row, strict=True)), "rewards": parts} for row, parts in zip(rows, rewards, strict=True)]
+
+
+class EpisodeRows:
+    """The state of N token MDPs that share one task.
+
+    A row holds its prompt in the columns before P, right-aligned, and token t of its completion in column P + t.
+
+    Args:
+        task: prompts, tokenizer, rewards and sizes.
+        num_rows: N.
+
+    Attributes:
+        input_ids: (N, L) int64, `fill_token_id` where there is no token.
+        attention_mask: (N, L) int8, 1 where there is a token.
+        lengths: (N,) int64, tokens of the completion so far.
+        phases: (N,) int8, a `Phase` per row.
+        returns: (N,) float64, the reward of the episode so far, kept for rendering.
+        dense_sums: the unweighted dense rewards of the episode so far by name, (N,) each.
+        prompts: N prompts, None before the first reset.
+        outcomes: what came of each row's episode and its place there, None while the episode goes on (or when it was truncated).
+    """
+
+    def __init__(self, task: TextTask, num_rows: int) -> None:
+        self.task = task
+        self.num_rows = num_rows
+        self.input_ids: IntArray = np.full((num_rows, task.length), task.fill_token_id, dtype=np.int64)
+        self.attention_mask: npt.NDArray[np.int8] = np.zeros((num_rows, task.length), dtype=np.int8)
+        self.lengths: IntArray = np.zeros(num_rows, dtype=np.int64)
+        self.phases: npt.NDArray[np.int8] = np.full(num_rows, Phase.NEEDS_RESET, dtype=np.int8)
+        self.returns: Float64Array = np.zeros(num_rows)
+        self.dense_sums: dict[str, Float64Array] = {}
+        self.prompts: list[Prompt | None] = [None] * num_rows
+        self.outcomes: list[tuple[Outcome, int] | None] = [None] * num_rows
+        self._decode = partial(decode, task.tokenizer)
+
+    def observe(self) -> Observation:
+        """Returns the observation of all rows, (N, L), in new arrays."""
+        return {"input_ids": self.input_ids.copy(), "attention_mask": self.attention_mask.copy()}
+
+    def observe_row(self, row: int) -> Observation:
+        """Returns the observation of one row, (L,), in new arrays."""
+        return {"input_ids": self.input_ids[row].copy(), "attention_mask": self.attention_mask[row].copy()}
+
+    def draw_prompt(self, rng: np.random.Generator) -> Prompt:
+        """Draws a prompt of the set uniformly."""
+        prompts = self.task.prompt_set
+        return prompts[int(rng.integers(len(prompts)))]
+
+    def begin(self, row: int, prompt: Prompt) -> None:
+        """Begins an episode in a row."""
+        columns = slice(self.task.max_prompt_tokens - len(prompt.ids), self.task.max_prompt_tokens)
+        ids, mask = self.input_ids[row], self.attention_mask[row]
+        ids.fill(self.task.fill_token_id)
+        mask.fill(0)
+        ids[columns] = prompt.ids
+        mask[columns] = 1
+        self.prompts[row] = prompt
+        self.outcomes[row] = None
+        self.lengths[row] = 0
+        self.phases[row] = Phase.RUNNING
+        self.returns[row] = 0.0
+        for sums in self.dense_sums.values():
+            sums[row] = 0.0
+
+    def append_one(self, row: int, token: int) -> bool:
+        """Appends a token to one row and returns whether that ended its episode. `append` for a single row, without array work."""
+        length = int(self.lengths[row])
+        column = self.task.max_prompt_tokens + length
+        self.input_ids[row, column] = token
+        self.attention_mask[row, column] = 1
+        self.lengths[row] = length + 1
+        ended = length + 1 == self.task.max_new_tokens or bool(self.task.ends_episode[token])
+        if ended:
+            self.phases[row] = Phase.ENDED
+        return ended
+
+    def append(self, rows: IntArray, tokens: IntArray) -> BoolArray:
+        """Appends one token to each of `rows` and returns which of them that ended.
+
+        Args:
+            rows: (K,) distinct row numbers.
+            tokens: (K,) token ids.
+
+        Returns:
+            (K,) bool.
+        """
+        lengths = self.lengths[rows]
+        columns = lengths + self.task.max_prompt_tokens
+        self.input_ids[rows, columns] = tokens
+        self.attention_mask[rows, columns] = 1
+        lengths += 1
+        self.lengths[rows] = lengths
+        ended: BoolArray = self.task.ends_episode[tokens]
+        ended |= lengths == self.task.max_new_tokens
+        if ended.any():
+            self.phases[rows[ended]] = Phase.ENDED
+        return ended
+
+    def write_sequences(self, actions: IntArray, lengths: IntArray) -> None:
+        """Writes the first `lengths[i]` of row i's `actions` as its completion.
+
+        Args:
+            actions: (N, T') token ids.
+            lengths: (N,), at most T' and T.
+        """
+        width = int(lengths.max(initial=0))
+        start = self.task.max_prompt_tokens
+        real = np.arange(width) < lengths[:, None]  # (N, width)
+        self.input_ids[:, start : start + width][real] = actions[:, :width][real]
+        self.attention_mask[:, start : start + width][real] = 1
+        self.lengths[:] = lengths
+
+    def batch(self, rows: Sequence[int] | IntArray) -> EpisodeBatch:
+        """Returns the completions of `rows` so far with their prompts and columns, as rewards see them."""
+        start = self.task.max_prompt_tokens
+        prompts = [prompt for row in rows if (prompt := self.prompts[row]) is not None]
+        lengths = self.lengths[rows].tolist()
+        tokens = self.input_ids[rows, start : start + max(lengths)].tolist()
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        return EpisodeBatch(
+            prompts=[copy_prompt(prompt.text) for prompt in prompts],
+            completion_ids=[ids[:length] for ids, length in zip(tokens, lengths, strict=True)],
+            columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+            decode=self._decode,
+        )
+
+    def pay_dense(self, rows: IntArray, finished: BoolArray) -> tuple[Float64Array, dict[str, Float64Array]]:
+        """Returns what the dense rewards pay for the last token of each of `rows`, weighted (K,) and by name (K,) unweighted."""
+        rewards, parts = self.task.rewards.dense_step(self.batch(rows), finished)
+        self.returns[rows] += rewards
+        for name, values in parts.items():
+            self._dense_sum(name)[rows] += values
+        return rewards, parts
+
+    def pay_dense_sequences(self, rows: IntArray, finished: BoolArray) -> tuple[list[Float64Array], dict[str, Float64Array]]:
+        """Returns what the dense rewards pay for each token of whole completions, K weighted arrays, and by name for the last token."""
+        rewards, parts = self.task.rewards.dense_sequence(self.batch(rows), finished)
+        self.returns[rows] = [values.sum() for values in rewards]
+        for name, values in parts.items():
+            self._dense_sum(name)[rows] = [value.sum() for value in values]
+        return rewards, {name: np.array([value[-1] for value in values]) for name, values in parts.items()}
+
+    def _dense_sum(self, name: str) -> Float64Array:
+        if name not in self.dense_sums:
+            self.dense_sums[name] = np.zeros(self.num_rows)
+        return self.dense_sums[name]
+
+    def pay_final(self, rows: IntArray) -> tuple[Float64Array, Outcome]:
+        """Scores the episodes of `rows`, which have just ended, in one call per reward function.
+
+        Returns:
+            The weighted rewards of the last step, (K,), without the dense ones, and what came of the episodes.
+        """
+        batch = self.batch(rows)
+        totals, parts = self.task.rewards.terminal(batch)
+        self.returns[rows] += totals
+        parts = parts | {name: sums[rows] for name, sums in self.dense_sums.items()}
+        ends = self.task.ends_episode[self.input_ids[rows, self.task.max_prompt_tokens + self.lengths[rows] - 1]]
+        reasons: list[FinishReason] = ["eos" if end else "length" for end in ends.tolist()]
+        ordered = {name: parts[name] for name in self.task.rewards.names if name in parts}
+        outcome = Outcome(batch, reasons, ordered)
+        for place, row in enumerate(rows.tolist()):
+            self.outcomes[row] = (outcome, place)
+        return totals, outcome

@@ -1,0 +1,82 @@
+"""How an episode looks as text: whole (`row_frame`) or typed out as it grows (`Typewriter`)."""
+
+import sys
+import textwrap
+
+from textgym.envs.core import EpisodeRows
+from textgym.errors import EpisodeEndedError
+from textgym.prompts import PromptText
+
+_WIDTH = 100
+_PROMPT, _TEXT, _STATUS = " prompt | ", "   text > ", "        = "
+_UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose other bytes are still to come
+
+
+def row_frame(rows: EpisodeRows, row: int) -> str:
+    """Returns the episode of a row as a few lines: the prompt, the text so far, and how far and how good it is."""
+    prompt = rows.prompts[row]
+    if prompt is None:
+        raise EpisodeEndedError("`render` needs an episode, and none has begun; call `reset` first.")
+    lines = [*_block(_PROMPT, prompt_text(prompt.text)), *_block(_TEXT, rows.batch([row]).texts[0])]
+    return "\n".join([*lines, _STATUS + _status(rows, row)])
+
+
+def prompt_text(prompt: PromptText) -> str:
+    """Returns a prompt as one string; messages one per line, each after its role."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _status(rows: EpisodeRows, row: int) -> str:
+    """Returns `7/32 tokens, ended by eos, reward 0.8 = 1 x 0.8 film-review`."""
+    status = f"{rows.lengths[row]}/{rows.task.max_new_tokens} tokens"
+    outcome = rows.outcomes[row]
+    if outcome is not None:
+        episodes, place = outcome
+        rewards = episodes.infos()[place]["rewards"]
+        weights = dict(zip(rows.task.rewards.names, rows.task.rewards.weights, strict=True))
+        named = " + ".join(f"{weights[name]:g} x {value:.4g} {name}" for name, value in rewards.items())
+        status += f", ended by {episodes.finish_reasons[place]}, reward {rows.returns[row]:.4g} = {named}"
+    elif rows.task.rewards.has_dense:
+        status += f", reward so far {rows.returns[row]:.4g}"
+    return status
+
+
+def _block(label: str, text: str) -> list[str]:
+    """Wraps `text` behind `label`; further lines are indented to stand below it."""
+    width = _WIDTH - len(label)
+    wrapped = [piece for line in text.split("\n") for piece in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+    indent = " " * (len(label) - 2) + label[-2:]
+    return [(indent if i else label) + piece for i, piece in enumerate(wrapped)]
+
+
+class Typewriter:
+    """Prints one episode to the standard output as it grows."""
+
+    def __init__(self) -> None:
+        self._typed = ""
+        self._open = False  # a line of text is not finished
+
+    def begin(self, prompt: PromptText) -> None:
+        """Prints the prompt of a new episode."""
+        lines = _block(_PROMPT, prompt_text(prompt))
+        self._write(("\n" if self._open else "") + "\n".join([*lines, _TEXT]))
+        self._typed, self._open = "", True
+
+    def show(self, rows: EpisodeRows, row: int) -> None:
+        """Prints what the last token of a row added, and after the last one how the episode ended."""
+        text = rows.batch([row]).texts[0]
+        ended = rows.outcomes[row] is not None
+        if not ended:
+            text = text.rstrip(_UNFINISHED)
+        if not text.startswith(self._typed):  # this tokenizer's text changes behind its last token: type it anew
+            self._typed = ""
+            self._write("\n" + _TEXT)
+        self._write(text[len(self._typed) :])
+        self._typed = text
+        if ended:
+            self._write("\n" + _STATUS + _status(rows, row) + "\n")
+            self._open = False
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,123 @@
+"""Tokenizers: loading one without torch, its end-of-sequence ids, and decoding many completions at once.
+
+Any transformers tokenizer serves. Nothing here imports transformers before a tokenizer is loaded from a path.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class SharedTokenizer:
+    """A tokenizer as an argument that copies share: `copy.deepcopy` of this object returns the object itself.
+
+    Gymnasium copies the keyword arguments of an environment several times; a tokenizer of 50,000 entries takes a while each time.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedTokenizer":
+        return self
+
+    def __repr__(self) -> str:
+        return f"SharedTokenizer({type(self.tokenizer).__name__}, vocab_size={len(self.tokenizer)})"
+
+
+def load_tokenizer(tokenizer: "PreTrainedTokenizerBase | SharedTokenizer | str | os.PathLike[str]") -> "PreTrainedTokenizerBase":
+    """Returns a transformers tokenizer, loading it where a path or an id is given.
+
+    A folder with a `tokenizer.json` is read through `PreTrainedTokenizerFast`, which does not import torch; anything else goes through
+    `AutoTokenizer`, which does.
+
+    Args:
+        tokenizer: a transformers tokenizer, a folder (or the `tokenizer.json` in one), or a model id that transformers knows.
+    """
+    if isinstance(tokenizer, SharedTokenizer):
+        return tokenizer.tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        return _load(os.fspath(tokenizer))
+    if not (callable(tokenizer) and hasattr(tokenizer, "batch_decode") and hasattr(tokenizer, "eos_token_id")):
+        raise ValueError(
+            f"`tokenizer` must be a transformers tokenizer or the path or id of one, got {type(tokenizer).__name__}; "
+            "wrap one of the `tokenizers` library as `PreTrainedTokenizerFast(tokenizer_object=..., eos_token=...)`."
+        )
+    return tokenizer
+
+
+def _load(path: str) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(path)
+    if folder.name == "tokenizer.json":
+        folder = folder.parent
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`tokenizer` must be a transformers tokenizer or the path or id of one, got {path!r}, from which none could be loaded: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def end_token_ids(
+    tokenizer: "PreTrainedTokenizerBase", eos_token_ids: int | Sequence[int] | None = None, *, argument: str = "eos_token_ids"
+) -> tuple[int, ...]:
+    """Returns the ids that end a completion: those given, else the tokenizer's own. None at all is an error.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        eos_token_ids: one id or several, or None for the tokenizer's.
+        argument: what the error message calls `eos_token_ids`.
+    """
+    given = tokenizer.eos_token_id if eos_token_ids is None else eos_token_ids
+    given = given.tolist() if hasattr(given, "tolist") else given
+    ids = list(given) if isinstance(given, Sequence) else [given]
+    if given is None or not ids:
+        raise ValueError(
+            f"`{argument}` must name at least one token that ends a completion, and the tokenizer has no end-of-sequence token; "
+            f"pass `{argument}=[...]` or set `tokenizer.eos_token`."
+        )
+    for value in ids:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value < len(tokenizer):
+            raise ValueError(f"`{argument}` must be token ids from 0 to {len(tokenizer) - 1} (`len(tokenizer) - 1`), got {value!r}.")
+    return tuple(dict.fromkeys(int(value) for value in ids))
+
+
+def filler_token_id(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> int:
+    """Returns the id that stands where there is no token: the pad token if there is one, else an end token. Nothing may depend on which."""
+    pad = tokenizer.pad_token_id
+    return int(pad) if pad is not None and 0 <= pad < len(tokenizer) else int(eos_token_ids[0])
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[int]]) -> list[str]:
+    """Returns the text of each id sequence without special tokens: what `tokenizer.decode` gives, for a whole batch at once."""
+    if not sequences:
+        return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.clean_up_tokenization_spaces or _decodes_its_own_way(tokenizer):
+        texts: list[str] = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return texts
+    decoded: list[str] = backend.decode_batch(sequences, skip_special_tokens=True)
+    return decoded
+
+
+def _decodes_its_own_way(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a subclass (or the object itself) replaces the decoding of transformers' fast tokenizers."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return "decode" in vars(tokenizer) or any(
+        getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name) for name in ("decode", "batch_decode", "_decode")
+    )
