@@ -1,4 +1,7 @@
-"""The one core of the text environments: the state of N rows of tokens. `TextGenEnv` is its face for one row, `TextGenVectorEnv` for many."""
+"""The one core of the text environments: the state of N rows of tokens.
+
+`TextGenEnv` is its face for one row, `TextGenVectorEnv` its face for many.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -73,5 +73,6 @@ def _check_range(vocab_size: int, tokens: IntArray, used: IntArray) -> None:
     if wrong.any():
         row, step = (int(place) for place in np.argwhere(wrong)[0])
         raise ValueError(
-            f"`actions` must be token ids from 0 to {vocab_size - 1} (`len(tokenizer) - 1`), got {tokens[row, step]} in row {row}, step {step}."
+            f"`actions` must be token ids from 0 to {vocab_size - 1} (`len(tokenizer) - 1`), "
+            f"got {tokens[row, step]} in row {row}, step {step}."
         )

@@ -74,7 +74,8 @@ class TextTask:
         """Returns `index` as an int if it names a prompt of the set; otherwise a `ValueError` that calls it `argument`."""
         if isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer) or not 0 <= index < len(self.prompt_set):
             raise ValueError(
-                f"`{argument}` must be an integer from 0 to {len(self.prompt_set) - 1} (there are {len(self.prompt_set)} prompts), got {index!r}."
+                f"`{argument}` must be an integer from 0 to {len(self.prompt_set) - 1} (there are {len(self.prompt_set)} prompts), "
+                f"got {index!r}."
             )
         return int(index)
 

@@ -245,7 +245,6 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             self._act(acting, tokens, rewards, terminated, truncated, infos)
         return self._rows.observe(), rewards, terminated, truncated, infos.infos
 
-
     def _sort_rows(self) -> tuple[IntArray, IntArray]:
         """Returns the rows that take their action in this step and those that begin an episode instead."""
         phases = self._rows.phases
@@ -255,12 +254,14 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         idle = np.flatnonzero(~running & ~self._held)
         fresh = idle[phases[idle] == Phase.NEEDS_RESET]
         if len(fresh):
-            raise EpisodeEndedError(f"`step` needs an episode in each row, and none has begun in rows {fresh.tolist()}; call `reset` first.")
+            raise EpisodeEndedError(
+                f"`step` needs an episode in each row, and none has begun in rows {fresh.tolist()}; call `reset` first."
+            )
         ended = _NO_ROWS if self.hold else idle
         if len(ended) and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             raise EpisodeEndedError(
                 f"`step` needs episodes that go on, and those of rows {ended.tolist()} have ended (autoreset mode "
-                f"{self.autoreset_mode.value}); call `reset(options={{\"reset_mask\": ended}})` with a bool array first."
+                f'{self.autoreset_mode.value}); call `reset(options={{"reset_mask": ended}})` with a bool array first.'
             )
         return np.flatnonzero(running & ~self._held), ended
 
@@ -317,8 +318,9 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             self._begin(over, infos)
 
     def hold_rows(self, mask: BoolArray | None) -> None:
-        """Keeps rows as they are: until its next `reset`, a held row ignores its action, gets no reward, no end flag, no info and no
-        automatic reset, and draws no random number.
+        """Keeps rows as they are until their next `reset`.
+
+        A held row ignores its action; it gets no reward, no end flag, no info and no automatic reset, and draws no random number.
 
         Args:
             mask: (num_envs,) bool, the rows to hold from now on; None lets all rows go.

@@ -1,7 +1,7 @@
 """Environments in which generating text is an MDP, and the agents that learn in them."""
 
-import textgym.envs  # registers the environment ids
+import textgym.envs as envs  # registers the environment ids
 from textgym.model_inputs import model_inputs as model_inputs
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "model_inputs"]
+__all__ = ["__version__", "envs", "model_inputs"]

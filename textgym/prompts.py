@@ -19,7 +19,8 @@ Messages: TypeAlias = list[dict[str, Any]]
 PromptText: TypeAlias = str | Messages
 
 _FORMS = (
-    'a list of strings, a list of dicts with a "prompt" column, the path of a .jsonl or .jsonl.gz file, a `datasets.Dataset` or a `PromptSet`'
+    'a list of strings, a list of dicts with a "prompt" column, the path of a .jsonl or .jsonl.gz file, '
+    "a `datasets.Dataset` or a `PromptSet`"
 )
 _SHOWN_ROWS = 5
 
@@ -166,7 +167,9 @@ def copy_prompt(prompt: PromptText) -> PromptText:
     return prompt if isinstance(prompt, str) else deepcopy(prompt)
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[PromptText], where: str = "row {} of `prompts`") -> list[IntArray]:
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[PromptText], where: str = "row {} of `prompts`"
+) -> list[IntArray]:
     """Tokenises prompts as a causal language model expects them.
 
     Strings get the special tokens that the tokenizer puts in front (a BOS where it has one); an EOS that it appends by itself is dropped,
@@ -231,7 +234,8 @@ def _call(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special
 def _encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{where} is a list of messages, but the tokenizer has no chat template; set `tokenizer.chat_template` or give the prompt as a string."
+            f"{where} is a list of messages, but the tokenizer has no chat template; "
+            "set `tokenizer.chat_template` or give the prompt as a string."
         )
     continued = messages[-1]["role"] == "assistant"
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued)
@@ -240,7 +244,9 @@ def _encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, w
 
 def _read_json_lines(path: Path) -> list[Any]:
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"`prompts` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; pass one prompt as a list, `[...]`.")
+        raise ValueError(
+            f"`prompts` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; pass one prompt as a list, `[...]`."
+        )
     if not path.is_file():
         raise ValueError(f"`prompts` given as a path must be a file, and there is none at {str(path)!r}.")
     rows = []
