@@ -138,14 +138,15 @@ def as_number(value: object, name: str, where: Callable[[], str]) -> float:
     """Returns `value` as a finite float; None becomes NaN; anything else is a `RewardError` that says `where()` it stood."""
     if value is None:
         return math.nan
-    # np.bool_ and 0-d arrays and tensors are no `numbers.Real`
-    if not isinstance(value, numbers.Real | np.bool_) and getattr(value, "ndim", None) != 0:
+    if getattr(value, "ndim", None) == 0:  # a 0-d array or tensor
+        value = value.item()  # type: ignore[attr-defined]
+    if not isinstance(value, numbers.Real):
         raise RewardError(
             f"reward `{name}` returned {type(value).__name__} {excerpt(value)} for {where()}; "
             "each value must be one finite number, or None where this reward does not apply."
         )
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -169,5 +170,9 @@ def as_scores(result: object, name: str, batch: EpisodeBatch) -> Float64Array:
     """Returns the scores of a reward, (N,) float64 with NaN for None, after checking type, count and finiteness."""
     values = as_list(result, name)
     check_count(values, name, batch)
+    if all(type(value) is float for value in values):  # the usual case, without a check per row
+        scores = np.array(values, dtype=np.float64)
+        if np.isfinite(scores).all():
+            return scores
     # the row is described (and its text decoded) only when an error message needs it
     return np.array([as_number(value, name, partial(describe_row, batch, row)) for row, value in enumerate(values)], dtype=np.float64)

@@ -56,7 +56,7 @@ class _Part:
 
 @dataclass
 class _Logs:
-    """What reward functions gave to `log_extra` and `log_metric` (bound methods, so that functions may keep or send them on)."""
+    """What reward functions gave to `log_extra` and `log_metric` (its bound methods)."""
 
     extra: dict[str, deque[Any]] = field(default_factory=lambda: defaultdict(_bounded))
     metrics: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(_bounded))
@@ -165,7 +165,8 @@ class RewardSet:
         """
         metrics = {name: float(np.mean(values)) for name, values in self._logs.metrics.items()}
         extra = {name: list(values) for name, values in self._logs.extra.items()}
-        self._logs = _Logs()
+        self._logs.extra.clear()
+        self._logs.metrics.clear()
         return metrics, extra
 
     def __copy__(self) -> Self:
@@ -330,11 +331,14 @@ def _segment_payer(rows: list[int], columns: list[int]) -> "_Payer":
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
-    checked = np.asarray(weights, dtype=np.float64)
+    try:
+        checked = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"`reward_weights` must hold numbers, one per reward, got {weights!r}.") from None
     if checked.shape != (count,):
-        raise ValueError(f"`reward_weights` must hold one number per reward: {count} rewards, {checked.size} weights {list(weights)}.")
+        raise ValueError(f"`reward_weights` must hold one number per reward: {count} rewards, got {weights!r}.")
     if not np.isfinite(checked).all():
-        raise ValueError(f"`reward_weights` must be finite, got {list(weights)}.")
+        raise ValueError(f"`reward_weights` must be finite, got {weights!r}.")
     return [float(weight) for weight in checked]
 
 

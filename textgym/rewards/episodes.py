@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -41,6 +41,19 @@ class EpisodeBatch:
             if len(values) != n:
                 raise ValueError(f"column {name!r} must hold one value per completion: {n} completions, {len(values)} values.")
 
+    @classmethod
+    def from_texts(cls, prompts: Sequence[Prompt], completions: Sequence[str], tokenizer: Any, **columns: list[Any]) -> "EpisodeBatch":
+        """Makes a batch of texts, to try a reward out.
+
+        Args:
+            prompts: N prompts.
+            completions: N texts; the ids are those of `tokenizer`, without special tokens, and EOS is not appended.
+            tokenizer: a transformers tokenizer.
+            columns: further columns, N values each.
+        """
+        ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in completions]
+        return cls(prompts, ids, columns, decode=partial(tokenizer.batch_decode, skip_special_tokens=True))
+
     def __len__(self) -> int:
         """Returns N."""
         return len(self.completion_ids)
@@ -59,6 +72,11 @@ class EpisodeBatch:
 def as_completion(prompt: Prompt, text: str) -> Prompt:
     """Returns `text` in the form that rewards get for `prompt`: a string for a string, a message list for messages (as TRL)."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def completion_text(completion: Prompt) -> str:
+    """Returns the text of a completion as rewards get it: the string, or the contents of the messages, one after the other."""
+    return completion if isinstance(completion, str) else "".join(str(message.get("content") or "") for message in completion)
 
 
 def excerpt(value: object, limit: int = 100) -> str:

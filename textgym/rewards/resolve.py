@@ -10,9 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from textgym.rewards.bundled import bundled_reward
+from textgym.rewards.bundled import BUNDLED_REWARDS, bundled_reward
 from textgym.rewards.calling import RewardFunction, function_name
+from textgym.rewards.classifier import ClassifierReward, is_classifier
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_STRINGS = (
+    f"a bundled reward ({', '.join(BUNDLED_REWARDS)}), 'module:function', 'file.py:function', "
+    "or a folder (or hub id) of a sequence classifier"
+)
 _MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -22,10 +28,12 @@ def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
         return _resolve_string(os.fspath(reward))
     if isinstance(reward, type):
         raise ValueError(f"`reward` must be a function or an object, got the class {reward.__name__}; did you mean {reward.__name__}()?")
+    if is_classifier(reward):
+        reward = ClassifierReward(reward)
     score = getattr(reward, "score", None)
-    if callable(score):
+    if callable(score) and not hasattr(score, "forward"):  # a model's head may be called `score` too
         return function_name(reward), score
-    if not callable(reward):
+    if not callable(reward) or hasattr(reward, "get_input_embeddings"):
         raise ValueError(
             f"`reward` must be a function, a list of functions, the name of a bundled reward, 'module:function', a sequence classifier "
             f"or an object with a method `score`, got {type(reward).__name__} {reward!r}."
@@ -34,11 +42,21 @@ def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
 
 
 def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
-    if _MODULE_FUNCTION.fullmatch(reward) and not Path(reward).exists():
-        name, function = resolve_reward(load_reward(reward))
-        return name, function
-    _, function = resolve_reward(bundled_reward(reward))
-    return reward, function
+    path = Path(reward)
+    if _MODULE_FUNCTION.fullmatch(reward) and not path.exists():
+        return resolve_reward(load_reward(reward))
+    if reward in BUNDLED_REWARDS:
+        return reward, resolve_reward(bundled_reward(reward))[1]
+    if path.is_dir() or _HUB_ID.fullmatch(reward):
+        return resolve_reward(ClassifierReward(reward))
+    raise ValueError(f"`reward` must be {_STRINGS}, got {reward!r}.{_hint(reward, path)}")
+
+
+def _hint(reward: str, path: Path) -> str:
+    if path.suffix == ".py" and path.is_file():
+        return f" To use a function of this file: '{reward}:name_of_the_function'."
+    close = difflib.get_close_matches(reward, BUNDLED_REWARDS, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def load_reward(spec: str) -> Any:

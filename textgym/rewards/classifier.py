@@ -1,0 +1,291 @@
+"""A transformers sequence classifier as a reward, with its own tokenizer. Torch is imported when the reward is first called.
+
+transformers' `ForSequenceClassification` of a decoder finds the last token by comparing ids with the pad id, which is wrong where the
+text holds that id and impossible where there is none. Here the batch is padded on the right, the base model runs on it, and the head
+reads the hidden state at the last token *by length*.
+"""
+
+import copy
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from textgym.errors import RewardError
+from textgym.rewards.episodes import Prompt, excerpt
+
+if TYPE_CHECKING:
+    import torch
+
+# These pool inside `forward` by comparing ids, or at a column of the padded batch, without a head that could be applied from outside.
+_REFUSED_TYPES = frozenset({"ctrl", "modernbert-decoder", "xlnet"})
+
+
+def is_classifier(value: object) -> bool:
+    """Returns whether `value` is a transformers model with a classification head. Does not import torch."""
+    return any(base.__name__.endswith("ForSequenceClassification") for base in type(value).__mro__) or _is_adapted_classifier(value)
+
+
+def _is_adapted_classifier(value: object) -> bool:
+    # peft wraps the model
+    inner = getattr(value, "get_base_model", None)
+    return callable(inner) and "peft" in sys.modules and is_classifier(inner())
+
+
+class ClassifierReward:
+    """Scores prompt and completion with a sequence classifier: the reward is its logit.
+
+    The text is the prompt followed by the completion, encoded by the classifier's own tokenizer, with the special tokens that it adds;
+    a conversation goes through its chat template. Of a decoder (GPT-2, Llama, GPT-NeoX, Qwen, ...: a model whose head is called
+    `score`) the logit is read at the last token by length; an encoder (BERT, RoBERTa, DistilBERT, ...) pools in its own way under the
+    attention mask. Encoder-decoders, CTRL, XLNet and the ModernBERT decoder are refused.
+
+    Args:
+        model: a folder or id for `AutoModelForSequenceClassification`, or such a model.
+        tokenizer: its tokenizer, or a folder or id of one; by default the one that lies beside the model.
+        label: which logit, as an index or a name of the model's `label2id`. Needed if the model has more than one label.
+        batch_size: texts per forward pass.
+        max_length: longest text in tokens; by default the smaller of what the tokenizer and the model's positions allow. A longer text is
+            an error, or is cut.
+        truncation: cut texts that are too long, keeping the end, instead of raising.
+        add_special_tokens: whether the tokenizer adds its special tokens (`[CLS]`, a BOS) to plain texts; a chat template has its own.
+        device: where the model runs. `"auto"`: a GPU if there is one, for a model loaded from a path; where it is, for a given model.
+        dtype: of a model loaded from a path, `"auto"` for that of the file. A given model is not cast.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        label: int | str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        truncation: bool = False,
+        add_special_tokens: bool = True,
+        device: Any = "auto",
+        dtype: Any = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
+        self.label, self.batch_size, self.max_length, self.truncation = label, batch_size, max_length, truncation
+        self.add_special_tokens, self.device, self.dtype = add_special_tokens, device, dtype
+        self._tokenizer = tokenizer
+        self._ready = False
+        self._source: str | None = None
+        self._model: Any = None
+        if isinstance(model, str | os.PathLike):
+            self._source = os.fspath(model)
+            _check_folder(self._source, label)
+            self.__name__ = Path(self._source).name
+        else:
+            self._model = _unwrapped(model)
+            _check_model(self._model)
+            self.__name__ = Path(self._model.config.name_or_path or type(self._model).__name__).name
+            _label_index(self._model.config.num_labels, self._model.config.label2id, label, self.__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A model that came from a path is read again where the pickle is opened."""
+        reloaded = {"_model": None, "_ready": False} if self._source is not None else {}
+        return {**self.__dict__, **reloaded}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns itself: Gymnasium copies the arguments of an environment several times, and a model is large."""
+        return self
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        self._load()
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The classifier's own tokenizer."""
+        self._load()
+        return self._tokenizer
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[float]:
+        """Returns one logit per row."""
+        import torch
+
+        self._load()
+        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a batch: little padding
+        scores = [0.0] * len(rows)
+        with torch.no_grad(), _evaluating(self._model):
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                for row, score in zip(batch, self._score([rows[row] for row in batch]), strict=True):
+                    scores[row] = score
+        return scores
+
+    def _load(self) -> None:
+        if self._ready:
+            return
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        if self._source is not None:
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+            try:
+                model = AutoModelForSequenceClassification.from_pretrained(self._source, dtype=self.dtype)
+            except OSError as error:
+                raise ValueError(f"`reward`: cannot load a sequence classifier from {self._source!r}: {error}") from error
+            _check_model(model)
+            self._model = model.to(device)
+        elif self.device != "auto":
+            self._model = self._model.to(self.device)
+        self._tokenizer = self._load_tokenizer()
+        self._label = _label_index(self._model.config.num_labels, self._model.config.label2id, self.label, self.__name__)
+        self._limit = self.max_length or _longest(self._model.config, self._tokenizer)
+        if self.truncation:
+            self._tokenizer = copy.deepcopy(self._tokenizer)  # the side is a setting of the user's object
+            self._tokenizer.truncation_side = "left"
+        self._ready = True
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            tokenizer = self._source or self._model.config.name_or_path
+        if not isinstance(tokenizer, str | os.PathLike):
+            return tokenizer
+        try:
+            if not os.fspath(tokenizer):
+                raise OSError("the model does not say where it was loaded from")
+            return AutoTokenizer.from_pretrained(os.fspath(tokenizer))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"reward `{self.__name__}`: cannot load the classifier's tokenizer from {os.fspath(tokenizer)!r} ({error}); "
+                "give it: ClassifierReward(model, tokenizer)."
+            ) from error
+
+    def _encode(self, prompt: Prompt, completion: Prompt) -> list[int]:
+        text, special = self._text(prompt, completion)
+        cut = {"truncation": True, "max_length": self._limit} if self.truncation and self._limit is not None else {}
+        # verbose=False: the tokenizer would warn of a length that the check below turns into an error
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"]
+        if not ids:
+            raise RewardError(f"reward `{self.__name__}`: the text {excerpt(text)} has no tokens, so there is no last token to score.")
+        if self._limit is not None and len(ids) > self._limit:
+            raise RewardError(
+                f"reward `{self.__name__}`: the text {excerpt(text)} has {len(ids)} tokens of the classifier's tokenizer, more than the "
+                f"{self._limit} it can read; shorten prompts or completions, or use ClassifierReward(..., truncation=True)."
+            )
+        return ids
+
+    def _text(self, prompt: Prompt, completion: Prompt) -> tuple[str, bool]:
+        """Returns the text of a row, and whether its special tokens are still to be added."""
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion, self.add_special_tokens
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"reward `{self.__name__}`: the prompts are conversations, but the classifier's tokenizer has no chat template; "
+                "set `tokenizer.chat_template` or use prompts that are strings."
+            )
+        return self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), False
+
+    def _score(self, rows: list[list[int]]) -> list[float]:
+        """Returns the logits of one batch of encoded texts."""
+        import torch
+
+        device = self._model.device
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), _filler(self._model, self._tokenizer))  # (B, L), right-padded
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return self._logits(ids.to(device), mask.to(device), lengths.to(device))[:, self._label].float().tolist()
+
+    def _logits(self, ids: "torch.Tensor", mask: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
+        """Returns the logits of every label, (B, labels)."""
+        import torch
+
+        if not isinstance(getattr(self._model, "score", None), torch.nn.Module):  # an encoder, with a head of its own
+            logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask).logits
+            return logits
+        hidden = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, L, H)
+        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths.to(hidden.device) - 1]  # (B, H)
+        scores: torch.Tensor = self._model.score(last)
+        return scores
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switches dropout off for the scores, and on again if the model is being trained elsewhere."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _unwrapped(model: Any) -> Any:
+    """Returns the transformers model inside a peft model (the adapter's layers stay in it), or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _check_model(model: Any) -> None:
+    if not is_classifier(model):
+        raise ValueError(f"`model` must be a transformers model for sequence classification or a path of one, got {type(model).__name__}.")
+    if model.config.is_encoder_decoder or model.config.model_type in _REFUSED_TYPES:
+        raise ValueError(
+            f"a classifier of type {model.config.model_type!r} cannot be a reward here: its score cannot be read at the last token by "
+            "length. Decoders with a head called `score` and encoders can."
+        )
+
+
+def _check_folder(source: str, label: int | str | None) -> None:
+    """Refuses a folder that cannot serve, from its `config.json` alone, so that the error comes before any training."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or source.count("/") != 1 or source.startswith((".", "~")):
+            raise ValueError(f"`model` must be a folder with a sequence classifier, or the id of one, got {source!r}, which is no folder.")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`model`: the folder {source!r} holds no `config.json`; it must be one that a model's `save_pretrained` wrote.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(f"`model`: the folder {source!r} holds a {architectures[0]}, not a model for sequence classification.")
+    names = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # transformers leaves its default of two labels out of the file
+    _label_index(len(names), {name: int(index) for index, name in names.items()}, label, folder.name)
+
+
+def _label_index(count: int, label2id: dict[str, int], label: int | str | None, name: str) -> int:
+    """Returns which logit to read."""
+    if label is None:
+        if count != 1:
+            raise ValueError(
+                f"reward `{name}`: the classifier has {count} labels ({', '.join(label2id)}), so one of its logits must be chosen: "
+                "ClassifierReward(model, label=...)."
+            )
+        return 0
+    index = label2id.get(label, -1) if isinstance(label, str) else label
+    if not 0 <= index < count:
+        raise ValueError(f"`label` must be one of {list(label2id)} or an index below {count}, got {label!r}.")
+    return index
+
+
+def _longest(config: Any, tokenizer: Any) -> int | None:
+    """Returns how many tokens a text may have, None if neither the tokenizer nor the model sets a limit."""
+    # a tokenizer without a limit says 1e30
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf]
+    shortest = min(limits)
+    return int(shortest) if shortest < 1e9 else None
+
+
+def _filler(model: Any, tokenizer: Any) -> int:
+    """Returns an id for the columns after the end, which no score depends on; the tokenizer's pad id if it has one that the model knows."""
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None and pad < model.config.vocab_size else 0
