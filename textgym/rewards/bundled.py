@@ -1,13 +1,18 @@
-"""The rewards that ship with the package, by name. What they are made of is in `textgym.bundled`, loaded when a name is used."""
+"""The rewards that ship with the package, by name. `textgym.bundled` is loaded when a name is looked up, its model when it first scores."""
 
 from typing import Any
 
-# name: the function of `textgym.bundled` that makes it
-BUNDLED_REWARDS = {"film-review": "film_review_reward", "film-review-true": "film_review_true_reward"}
+
+def bundled_names() -> tuple[str, ...]:
+    """Returns the names of the bundled rewards."""
+    from textgym.bundled import BUNDLED_REWARDS
+
+    return BUNDLED_REWARDS
 
 
 def bundled_reward(name: str) -> Any:
-    """Returns the bundled reward `name`, a key of `BUNDLED_REWARDS`."""
-    from textgym import bundled
+    """Returns the bundled reward `name`, one of `bundled_names()`: the trained reward model, or the rule that it was trained on."""
+    from textgym.bundled import bundled_reward_model_path, true_reward
+    from textgym.rewards.classifier import ClassifierReward
 
-    return getattr(bundled, BUNDLED_REWARDS[name])()
+    return true_reward if name == "film-review-true" else ClassifierReward(bundled_reward_model_path())

@@ -10,15 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from textgym.rewards.bundled import BUNDLED_REWARDS, bundled_reward
+from textgym.rewards.bundled import bundled_names, bundled_reward
 from textgym.rewards.calling import RewardFunction, function_name
 from textgym.rewards.classifier import ClassifierReward, is_classifier
+from textgym.rewards.episodes import excerpt
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_STRINGS = (
-    f"a bundled reward ({', '.join(BUNDLED_REWARDS)}), 'module:function', 'file.py:function', "
-    "or a folder (or hub id) of a sequence classifier"
-)
 _MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -33,10 +30,11 @@ def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
     score = getattr(reward, "score", None)
     if callable(score) and not hasattr(score, "forward"):  # a model's head may be called `score` too
         return function_name(reward), score
-    if not callable(reward) or hasattr(reward, "get_input_embeddings"):
+    if not callable(reward) or hasattr(reward, "forward"):  # a torch module is called with tensors, not with texts
+        what = f"the torch module {type(reward).__name__}" if callable(reward) else f"{type(reward).__name__} {excerpt(reward)}"
         raise ValueError(
-            f"`reward` must be a function, a list of functions, the name of a bundled reward, 'module:function', a sequence classifier "
-            f"or an object with a method `score`, got {type(reward).__name__} {reward!r}."
+            "`reward` must be a function, a list of functions, the name of a bundled reward, 'module:function', a sequence classifier "
+            f"or an object with a method `score`, got {what}."
         )
     return function_name(reward), reward
 
@@ -45,17 +43,20 @@ def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
     path = Path(reward)
     if _MODULE_FUNCTION.fullmatch(reward) and not path.exists():
         return resolve_reward(load_reward(reward))
-    if reward in BUNDLED_REWARDS:
+    if reward in bundled_names():
         return reward, resolve_reward(bundled_reward(reward))[1]
     if path.is_dir() or _HUB_ID.fullmatch(reward):
         return resolve_reward(ClassifierReward(reward))
-    raise ValueError(f"`reward` must be {_STRINGS}, got {reward!r}.{_hint(reward, path)}")
+    raise ValueError(
+        f"`reward` must be a bundled reward ({', '.join(bundled_names())}), 'module:function', 'file.py:function', or the folder "
+        f"(or hub id) of a sequence classifier, got {reward!r}.{_hint(reward, path)}"
+    )
 
 
 def _hint(reward: str, path: Path) -> str:
     if path.suffix == ".py" and path.is_file():
         return f" To use a function of this file: '{reward}:name_of_the_function'."
-    close = difflib.get_close_matches(reward, BUNDLED_REWARDS, n=1)
+    close = difflib.get_close_matches(reward, bundled_names(), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
