@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import multiprocessing
 import threading
 
 import numpy as np
@@ -77,6 +78,19 @@ def test_every_call_runs_on_the_same_loop(make_batch):
     rewards.terminal(make_batch("a"))
     rewards.terminal(make_batch("b"))
     assert loops[0] is loops[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # a forked worker is what is tested
+def test_a_forked_worker_has_a_loop_of_its_own(make_batch):
+    rewards, batch = RewardSet.build(plain), make_batch("four")
+    rewards.terminal(batch)  # the parent's loop runs
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    worker = fork.Process(target=lambda: queue.put(rewards.terminal(batch)[0].tolist()))
+    worker.start()
+    worker.join(timeout=30)
+    assert worker.exitcode == 0
+    assert queue.get() == [4.0]
 
 
 def test_an_exception_passes_with_a_note_and_the_others_are_cancelled(make_batch):

@@ -245,6 +245,22 @@ def test_another_tokenizer_forgets_what_the_first_one_read():
     assert segment.text == "axb!"
 
 
+def test_environments_that_share_a_tokenizer_share_what_is_remembered():
+    decoded = []
+
+    def counting(tokenizer, rows):
+        decoded.extend(rows)
+        return decode_characters(rows)
+
+    tokenizer, segmentation = object(), Segmentation(sentence)
+    ids = [ord(c) for c in "One. Two. Three."]
+    for t in range(1, len(ids) + 1):
+        for _ in range(2):  # two environments, each with a partial of its own
+            batch = EpisodeBatch(["p"], [ids[:t]], decode=functools.partial(counting, tokenizer))
+            segmentation.last_segments(batch, [False])
+    assert len(decoded) == 2 * len(ids)
+
+
 def test_check_causal_passes_causal_rewards(make_batch):
     check_causal([code_points, sentence_length], make_batch("One. Two, three. Four", "", "x"))
 

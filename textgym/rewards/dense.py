@@ -142,7 +142,7 @@ class Segmentation:
 
     def last_segments(self, batch: EpisodeBatch, finished: list[bool]) -> list[Segment | None]:
         """Returns, per row, the segment that the row's last token closed, or None."""
-        if batch.decode != self._decode:  # another tokenizer: the texts of the same ids may differ
+        if not _same_decode(batch.decode, self._decode):  # another tokenizer: the texts of the same ids may differ
             self._open.clear()
             self._decode = batch.decode
         before = self._open_before_last(batch)
@@ -193,6 +193,14 @@ class Segmentation:
                 last = segments[-1] if segments else None
                 known[row] = _Open(last.end, last.prefix, last.index + 1) if last else _Open(0, "", 0)
         return [opened for opened in known if opened is not None]
+
+
+def _same_decode(a: Decode | None, b: Decode | None) -> bool:
+    """Returns whether the two decode alike for certain: environments that share a tokenizer make a partial of it each."""
+    if isinstance(a, functools.partial) and isinstance(b, functools.partial):
+        same_arguments = len(a.args) == len(b.args) and all(x is y for x, y in zip(a.args, b.args, strict=True))
+        return a.func == b.func and same_arguments and a.keywords == b.keywords
+    return a == b
 
 
 def _common_length(a: str, b: str) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
+from textgym.tokenizers import decode
+
 Messages: TypeAlias = list[dict[str, Any]]
 Prompt: TypeAlias = str | Messages
 Decode: TypeAlias = Callable[[list[list[int]]], list[str]]
@@ -52,7 +54,7 @@ class EpisodeBatch:
             columns: further columns, N values each.
         """
         ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in completions]
-        return cls(prompts, ids, columns, decode=partial(tokenizer.batch_decode, skip_special_tokens=True))
+        return cls(prompts, ids, columns, decode=partial(decode, tokenizer))
 
     def __len__(self) -> int:
         """Returns N."""
