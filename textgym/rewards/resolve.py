@@ -21,8 +21,10 @@ _MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
     """Returns the name and the function of one reward, given in any form that `RewardSet.build` lists."""
-    if isinstance(reward, str | os.PathLike):
-        return _resolve_string(os.fspath(reward))
+    if isinstance(reward, str):
+        return _resolve_string(reward)
+    if isinstance(reward, os.PathLike):
+        reward = ClassifierReward(reward)
     if isinstance(reward, type):
         raise ValueError(f"`reward` must be a function or an object, got the class {reward.__name__}; did you mean {reward.__name__}()?")
     if is_classifier(reward):
