@@ -1,0 +1,76 @@
+"""Infos of vector environments: one dictionary of arrays with `_key` masks, and one plain dictionary per row."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from textgym.types import BoolArray, Info
+
+
+def row_info(infos: Mapping[str, Any], row: int) -> Info:
+    """Returns the info of one row of a vector environment, as its single environment would have given it.
+
+    Numbers become Python numbers, arrays are copied. A key without a `_key` mask counts as present in every row, if it has rows.
+    """
+    result: Info = {}
+    for key, value in infos.items():
+        if _is_mask(infos, key):
+            continue
+        present = infos.get(f"_{key}")
+        if present is not None and not present[row]:
+            continue
+        if isinstance(value, Mapping):
+            result[key] = row_info(value, row)
+        elif isinstance(value, np.ndarray | list | tuple) and len(value) > row:
+            result[key] = _plain(value[row])
+        elif not isinstance(value, np.ndarray):
+            result[key] = value
+    return result
+
+
+def put(infos: Info, key: str, values: npt.NDArray[Any], rows: BoolArray) -> None:
+    """Sets `infos[key]` of `rows` to `values` (one per row of the environment), zero and masked elsewhere; nothing when no row is set."""
+    if rows.any():
+        infos[key] = np.where(rows, values, np.zeros((), dtype=values.dtype))
+        infos[f"_{key}"] = rows.copy()
+
+
+def batched_infos(rows: Sequence[Mapping[str, Any]]) -> Info:
+    """Returns the infos of all rows as a vector environment's: arrays of Python numbers, else arrays of objects, with `_key` masks."""
+    result: Info = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        present = np.array([key in row for row in rows])
+        values = [row.get(key) for row in rows]
+        if all(isinstance(value, dict) for value, there in zip(values, present, strict=True) if there):
+            result[key] = batched_infos([value if there else {} for value, there in zip(values, present, strict=True)])
+        else:
+            result[key] = _column(values, present)
+        result[f"_{key}"] = present
+    return result
+
+
+def _column(values: list[Any], present: BoolArray) -> npt.NDArray[Any]:
+    """One key of all rows as an array."""
+    types = {type(value) for value, there in zip(values, present, strict=True) if there}
+    if len(types) == 1 and types <= {int, float, bool}:
+        kind = types.pop()
+        return np.array([value if there else kind() for value, there in zip(values, present, strict=True)], dtype=kind)
+    column = np.full(len(values), None, dtype=object)
+    for i, value in enumerate(values):
+        column[i] = value
+    return column
+
+
+def _is_mask(infos: Mapping[str, Any], key: str) -> bool:
+    """Is `key` the mask of another key?"""
+    value = infos[key]
+    return key.startswith("_") and key[1:] in infos and isinstance(value, np.ndarray) and value.dtype == np.bool_
+
+
+def _plain(value: Any) -> Any:
+    """A row's value without ties to the batch."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.copy() if isinstance(value, np.ndarray) else value

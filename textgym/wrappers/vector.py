@@ -1,0 +1,183 @@
+"""KL shaping of a vector environment: one call of the policies per step for all rows, or one per whole walk."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+
+from textgym import sequences
+from textgym.kl import AdaptiveKLController, Schedule
+from textgym.stacks import layers
+from textgym.types import BoolArray, Info, SequenceResult
+from textgym.vector_infos import put
+from textgym.wrappers.kl_shaping import KLShaping as SingleKLShaping
+from textgym.wrappers.scoring import DoubleArray
+from textgym.wrappers.shaping import ShapingState
+
+
+class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
+    """Takes the KL penalty off the reward of every step and row: the vector form of `textgym.wrappers.KLShaping`.
+
+    Rows that take no step of their own (held rows, a row's autoreset in `NEXT_STEP` mode) are neither scored nor penalised. `infos` has the
+    keys of the single form as arrays with `_key` masks; in `SAME_STEP` mode those of a row's last step stand in `infos["final_info"]`.
+
+    Args:
+        env: any vector environment, synchronous, asynchronous or batched, in any autoreset mode.
+        policy: a `textgym.types.TokenPolicy`, or None until `set_policy`.
+        reference: the same, frozen, or None until `set_reference`.
+        beta: reward per nat of log-ratio: a number ≥ 0, a schedule (callable of the remaining progress, see `set_progress`) or an
+            `AdaptiveKLController`. Each row reads its value when its episode starts and keeps it for that episode.
+        full_kl: also report the exact KL over the whole vocabulary (`policy.full_kl`), at the cost of both models' full distributions.
+
+    Raises:
+        ValueError: an argument breaks these rules, or the environment is KL-shaped already.
+        StalePolicyError: stepped with no policy or reference set.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv[Any, Any, Any],
+        policy: Any = None,
+        reference: Any = None,
+        beta: float | Schedule | AdaptiveKLController = 0.05,
+        full_kl: bool = False,
+    ) -> None:
+        super().__init__(env)
+        if any(isinstance(layer, KLShaping | SingleKLShaping) for layer in layers(env)):
+            raise ValueError("`env` is KL-shaped already: a second penalty would count the log-ratio twice. Set `beta` on the one it has.")
+        self._autoreset_mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.state = ShapingState(env.num_envs, policy, reference, beta, full_kl)
+        self._ended = np.ones(env.num_envs, dtype=np.bool_)
+        self._held = np.zeros(env.num_envs, dtype=np.bool_)
+
+    @property
+    def policy(self) -> Any:
+        """Whose tokens are penalised; None until it is set."""
+        return self.state.policy
+
+    def set_policy(self, policy: Any) -> None:
+        """Sets the policy, a `TokenPolicy`; for agents that are built after the environment."""
+        self.state.policy = policy
+
+    @property
+    def reference(self) -> Any:
+        """Whom the policy should stay close to; None until it is set."""
+        return self.state.reference
+
+    def set_reference(self, reference: Any) -> None:
+        """Sets the frozen reference, a `TokenPolicy`."""
+        self.state.reference = reference
+
+    @property
+    def beta(self) -> float:
+        """β for episodes that start now, in reward per nat."""
+        return self.state.coefficient.value
+
+    @property
+    def controller(self) -> AdaptiveKLController | None:
+        """The adaptive controller given as `beta`, or None."""
+        return self.state.coefficient.controller
+
+    def set_progress(self, progress_remaining: float) -> None:
+        """Moves a β given as a schedule; 1 at the start of learning, 0 at its end. Episodes that run keep theirs."""
+        self.state.coefficient.set_progress(progress_remaining)
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
+        """Resets the environment (or the rows of `options["reset_mask"]`) and starts new accounts for the rows that were reset."""
+        rows = np.ones(self.num_envs, dtype=np.bool_)
+        if options is not None:
+            rows = np.array(options.get("reset_mask", rows))
+            options = dict(options)  # the environment takes the mask out of it, which a wrapper above may still want to read
+        observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+        self._held[rows], self._ended[rows] = False, False
+        self.state.begin(rows, observations)
+        return observations, infos
+
+    def step(self, actions: Any) -> tuple[Any, DoubleArray, BoolArray, BoolArray, Info]:
+        """Steps the environment and takes β times the log-ratio off the reward of each row that acted."""
+        self.state.require_policies()
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        restarted = ~self._held & self._ended
+        if self._autoreset_mode != AutoresetMode.NEXT_STEP:
+            restarted[:] = False
+        acted = ~self._held & ~restarted
+        scores = self.state.score(np.asarray(actions), acted)
+        shaped, log_ratio = self.state.account(np.asarray(rewards, dtype=np.float64), scores, acted)
+        ended = np.logical_or(terminated, truncated) & acted
+        infos = self._add_keys(infos, {"unshaped_reward": np.asarray(rewards, dtype=np.float64), "log_ratio": log_ratio}, acted, ended)
+        self._ended = ended | (self._ended & self._held)
+        if self._autoreset_mode == AutoresetMode.SAME_STEP:
+            restarted, self._ended = ended, self._ended & self._held
+        if restarted.any():
+            self.state.begin(restarted, observations)
+        else:
+            self.state.see(observations)
+        return observations, shaped, terminated, truncated, infos
+
+    def hold_rows(self, mask: BoolArray | None) -> None:
+        """Holds rows (see `TextGenVectorEnv.hold_rows`): they are not scored until their next reset. Passed on to the layers below.
+
+        Args:
+            mask: (N,) True for the rows to hold; None holds none.
+        """
+        self._held = np.zeros(self.num_envs, dtype=np.bool_) if mask is None else np.array(mask, dtype=np.bool_)
+        sequences.hold_below(self.env, mask)
+
+    def prime(self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None) -> None:
+        """Scores planned completions of freshly reset rows ahead, in one teacher-forced pass per model.
+
+        `step` then reads the plan for every row that sees and does what was planned, and asks the policies for the others.
+
+        Args:
+            actions: (N, T) the tokens that will be sent.
+            lengths: (N,) how many of each count.
+            log_probs: (N, T) log π of the tokens if the caller has them.
+        """
+        self.state.prime(np.asarray(actions), np.asarray(lengths), None if log_probs is None else np.asarray(log_probs, dtype=np.float64))
+
+    def step_sequence(
+        self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None
+    ) -> SequenceResult:
+        """Takes whole completions through the environment; the same as `textgym.step_sequence(self, actions, lengths, log_probs)`.
+
+        One teacher-forced pass per model and no loop, when everything below does it in one pass too.
+        """
+        self.state.require_policies()
+        plan = sequences.checked_plan(self, actions, lengths, log_probs)
+        if self._ended.any() or self.state.steps.any():
+            raise ValueError(sequences.NOT_FRESH)
+        if sequences.one_pass(self):
+            self.prime(*plan)
+        scores = self.state.take_primed()
+        if scores is None:
+            return sequences.walk_through(self, *plan)
+        result = sequences.step_sequence(self.env, *plan)
+        shaped, log_ratio = self.state.account_completions(result.rewards, scores, result.lengths_used)
+        episode = self.state.episode()
+        for i, info in enumerate(result.infos):
+            last = result.lengths_used[i] - 1
+            info["unshaped_reward"], info["log_ratio"] = float(result.rewards[i, last]), float(log_ratio[i, last])
+            if result.terminated[i] or result.truncated[i]:
+                info.update({key: float(values[i]) for key, values in episode.items()})
+        self._ended[:] = True
+        return result._replace(rewards=shaped.astype(np.float32))
+
+    def _add_keys(self, infos: Info, step: dict[str, DoubleArray], acted: BoolArray, ended: BoolArray) -> Info:
+        """Puts the step keys and, for rows that ended, the episode keys where this autoreset mode has them."""
+        infos = dict(infos)
+        episode = self.state.episode()
+        if self._autoreset_mode != AutoresetMode.SAME_STEP:
+            for key, values in step.items():
+                put(infos, key, values, acted)
+            for key, values in episode.items():
+                put(infos, key, values, ended)
+            return infos
+        for key, values in step.items():
+            put(infos, key, values, acted & ~ended)
+        if ended.any():
+            final = dict(infos.get("final_info", {}))
+            for key, values in {**step, **episode}.items():
+                put(final, key, values, ended)
+            infos["final_info"], infos["_final_info"] = final, infos.get("_final_info", ended.copy())
+        return infos
