@@ -102,6 +102,11 @@ class EpisodeRows:
         """Returns the observation of all rows, (N, L), in new arrays."""
         return {"input_ids": self.input_ids.copy(), "attention_mask": self.attention_mask.copy()}
 
+    def fresh(self) -> BoolArray:
+        """Returns which rows have begun an episode and taken no step of it, (N,)."""
+        fresh: BoolArray = (self.phases == Phase.RUNNING) & (self.lengths == 0)
+        return fresh
+
     def observe_row(self, row: int) -> Observation:
         """Returns the observation of one row, (L,), in new arrays."""
         return {"input_ids": self.input_ids[row].copy(), "attention_mask": self.attention_mask[row].copy()}

@@ -130,6 +130,15 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     def next_prompt_index(self, index: int | None) -> None:
         self._next_prompt_index = None if index is None else self._task.check_prompt_index(index, "next_prompt_index")
 
+    @property
+    def fresh(self) -> bool:
+        """Has an episode begun of which no step was taken yet?"""
+        return bool(self._rows.fresh()[0])
+
+    def require_reset(self) -> None:
+        """Leaves the episode: from here on `step` is an error until the next `reset`."""
+        self._rows.phases[0] = Phase.NEEDS_RESET
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Begins an episode.
 

@@ -317,6 +317,16 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         if not self.hold:
             self._begin(over, infos)
 
+    @property
+    def fresh(self) -> BoolArray:
+        """The rows that have begun an episode, taken no step of it and are not held, (num_envs,) bool."""
+        return self._rows.fresh() & ~self._held
+
+    def require_reset(self) -> None:
+        """Leaves all episodes and holds: from here on `step` is an error until the next `reset` of every row."""
+        self.hold_rows(None)
+        self._rows.phases[:] = Phase.NEEDS_RESET
+
     def hold_rows(self, mask: BoolArray | None) -> None:
         """Keeps rows as they are until their next `reset`.
 
@@ -340,10 +350,9 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         Returns:
             Rewards (num_envs, T'), end flags and lengths per row, and the info of each row's last step.
         """
-        fresh = (self._rows.phases == Phase.RUNNING) & (self._rows.lengths == 0) & ~self._held
-        if not fresh.all():
+        if not self.fresh.all():
             raise EpisodeEndedError(
-                f"`step_sequence` needs rows that are freshly reset and not held, and rows {np.flatnonzero(~fresh).tolist()} are not; "
+                f"`step_sequence` needs rows that are freshly reset and not held, and rows {np.flatnonzero(~self.fresh).tolist()} are not; "
                 "call `reset` first."
             )
         result = walk_sequences(self._rows, actions, lengths, self.max_episode_steps)

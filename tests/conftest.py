@@ -1,7 +1,10 @@
 """Fixtures that all tests share: the device, an offline tokenizer, and tiny random models of the three families."""
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -106,3 +109,83 @@ def model_type(request: pytest.FixtureRequest) -> str:
 def model(model_type: str, tokenizer: PreTrainedTokenizerFast, device: str) -> PreTrainedModel:
     """A tiny random model of each family, with three outputs more than the tokenizer has tokens."""
     return tiny_model(model_type, len(tokenizer) + 3).to(device)
+
+
+class TabularPolicy:
+    """A numpy policy (textgym.types.TokenPolicy): random logits that are a function of the tokens so far, without any optional method.
+
+    `calls` and `rows` count what it was asked for.
+    """
+
+    def __init__(self, seed: int, vocab_size: int = 12, temperature: float = 1.0) -> None:
+        self.seed, self.vocab_size, self.temperature = seed, vocab_size, temperature
+        self.calls = self.rows = 0
+
+    def distribution(self, prefix: Sequence[int]) -> np.ndarray:
+        """Log-probs of all tokens after `prefix`."""
+        logits = np.random.default_rng([self.seed, *prefix]).normal(size=self.vocab_size) / self.temperature
+        return logits - np.log(np.exp(logits).sum())
+
+    def prefixes(self, observations: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """The tokens that each observation shows."""
+        both = zip(observations["input_ids"], observations["attention_mask"], strict=True)
+        return [ids[mask.astype(bool)].tolist() for ids, mask in both]
+
+    def log_probs(self, observations: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """See `TokenPolicy`."""
+        self.calls, self.rows = self.calls + 1, self.rows + len(actions)
+        return np.array([self.distribution(prefix)[action] for prefix, action in zip(self.prefixes(observations), actions, strict=True)])
+
+
+class SequencePolicy(TabularPolicy):
+    """A tabular policy with every optional method; `sequence_calls` counts whole passes."""
+
+    sequence_calls = 0
+
+    def _whole(self, prompt_ids: Any, prompt_lengths: Any, actions: Any, lengths: Any, value: Any) -> np.ndarray:
+        self.sequence_calls += 1
+        result = np.zeros(actions.shape)
+        for i, prompt_length in enumerate(prompt_lengths):
+            prefix = prompt_ids[i, len(prompt_ids[i]) - prompt_length :].tolist()
+            for t in range(lengths[i]):
+                result[i, t] = value([*prefix, *actions[i, :t].tolist()], actions[i, t])
+        return result
+
+    def sequence_log_probs(self, prompt_ids: Any, prompt_lengths: Any, actions: Any, lengths: Any) -> np.ndarray:
+        """See `TokenPolicy`."""
+        return self._whole(prompt_ids, prompt_lengths, actions, lengths, lambda prefix, action: self.distribution(prefix)[action])
+
+    def paired_log_probs(self, reference: Any, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `TokenPolicy`: the reference at this policy's temperature."""
+        return self.log_probs(observations, actions), self._tempered(reference).log_probs(observations, actions)
+
+    def paired_sequence_log_probs(self, reference: Any, *sequences: Any) -> tuple[np.ndarray, np.ndarray]:
+        """See `TokenPolicy`: the reference at this policy's temperature."""
+        return self.sequence_log_probs(*sequences), self._tempered(reference).sequence_log_probs(*sequences)
+
+    def _tempered(self, reference: Any) -> "SequencePolicy":
+        return SequencePolicy(reference.seed, reference.vocab_size, self.temperature)
+
+    def _exact(self, reference: Any, prefix: Any) -> float:
+        own, other = self.distribution(prefix), self._tempered(reference).distribution(prefix)
+        return float(np.sum(np.exp(own) * (own - other)))
+
+    def full_kl(self, reference: Any, observations: Any) -> np.ndarray:
+        """See `TokenPolicy`."""
+        return np.array([self._exact(reference, prefix) for prefix in self.prefixes(observations)])
+
+    def sequence_full_kl(self, reference: Any, *sequences: Any) -> np.ndarray:
+        """See `TokenPolicy`."""
+        return self._whole(*sequences, lambda prefix, _: self._exact(reference, prefix))
+
+
+@pytest.fixture(scope="session")
+def tabular_policy() -> type[TabularPolicy]:
+    """The class of numpy policies that have `log_probs` only."""
+    return TabularPolicy
+
+
+@pytest.fixture(scope="session")
+def sequence_policy() -> type[SequencePolicy]:
+    """The class of numpy policies that have every optional method of the protocol."""
+    return SequencePolicy

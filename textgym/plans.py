@@ -104,8 +104,6 @@ def _prime_rows(rows: Iterable[gym.Env], plan: Plan) -> None:
 def _is_transparent_batched(layer: Any) -> bool:
     """Does a batched layer leave observations and actions alone, as far as can be known?"""
     if isinstance(layer, VectorRewardWrapper):
-        if type(layer) is vector_wrappers.NormalizeReward:
-            return True
         return definer(type(layer), "step") is VectorRewardWrapper and definer(type(layer), "reset") is VectorWrapper
     if isinstance(layer, VectorWrapper):
         return type(layer) in _TRANSPARENT_BATCHED or callable(getattr(layer, "prime", None))

@@ -6,13 +6,15 @@ more than the row's own episode. While a holder is engaged, an episode's end doe
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import vector as vector_wrappers
 
 from textgym.types import BoolArray, Info
+from textgym.worker_holding import AsyncHolder
 
 
 class RowHolder(Protocol):
@@ -146,145 +148,6 @@ class SyncHolder(ProxyHolder):
         self._base._autoreset_envs[:] = False
 
 
-class HeldConnection:
-    """Stands before the pipe to one row's worker process during a walk, and answers steps of a held row itself.
-
-    Args:
-        connection: the pipe.
-    """
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-        self.held = False
-        self.last: Any = None  # the worker's last answer to a step
-        self._answers = False
-        self._steps = False
-
-    def send(self, message: tuple[str, Any]) -> None:
-        """Sends a message to the worker, unless it is a step of a held row."""
-        self._steps = message[0] == "step"
-        self._answers = self._steps and self.held
-        if not self._answers:
-            self.connection.send(message)
-
-    def recv(self) -> Any:
-        """Returns the worker's answer, or a held row's."""
-        if self._answers:
-            self._answers = False
-            return self.still()
-        answer = self.connection.recv()
-        if self._steps:
-            self.last, self._steps = answer, False
-        return answer
-
-    def poll(self, timeout: float | None = 0.0) -> bool:
-        """Is there an answer?"""
-        return self._answers or self.connection.poll(timeout)
-
-    def still(self) -> Any:
-        """The answer of a Gymnasium worker whose row does not move."""
-        (observation, *_), _ = self.last
-        return (observation, 0.0, False, False, {}), True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.connection, name)
-
-
-class HeldRemote(HeldConnection):
-    """The same for a worker of Stable-Baselines3, which answers in another form."""
-
-    def still(self) -> Any:
-        """The answer of a Stable-Baselines3 worker whose row does not move."""
-        observation, *_, reset_info = self.last
-        return observation, 0.0, False, {"TimeLimit.truncated": False}, reset_info
-
-
-class AsyncHolder:
-    """Holds rows of an `AsyncVectorEnv`, whose workers reset a row that ends: the rows' `hold` makes that reset do nothing."""
-
-    holds = True
-
-    def __init__(self, base: AsyncVectorEnv) -> None:
-        self._base = base
-        self._pipes: list[HeldConnection] = []
-
-    def fresh(self) -> bool:
-        """See `RowHolder`."""
-        return not self._all_have("fresh") or all(self._base.get_attr("fresh"))
-
-    def _all_have(self, name: str) -> bool:
-        return all(self._base.call("has_wrapper_attr", name))
-
-    def engage(self) -> None:
-        """See `RowHolder`."""
-        self._base.set_attr("hold", True)
-        self._pipes = [HeldConnection(pipe) for pipe in self._base.parent_pipes]
-        self._base.parent_pipes[:] = self._pipes  # type: ignore[assignment]
-
-    def hold(self, rows: BoolArray) -> None:
-        """See `RowHolder`."""
-        for i in np.flatnonzero(rows):
-            self._pipes[i].held = True
-
-    def release(self) -> None:
-        """See `RowHolder`."""
-        pipes: list[Any] = self._base.parent_pipes
-        pipes[:] = [pipe.connection if isinstance(pipe, HeldConnection) else pipe for pipe in pipes]
-        if any(pipe is None for pipe in pipes):
-            return  # a worker died, and the vector environment with it
-        if self._base.autoreset_mode == AutoresetMode.NEXT_STEP and not self._base.shared_memory:
-            self._spend_autoresets()
-        self._base.set_attr("hold", False)
-        if self._all_have("require_reset"):
-            self._base.call("require_reset")
-
-    def _spend_autoresets(self) -> None:
-        """Steps the workers of ended rows once more, which resets them, which does nothing while they are held.
-
-        Without shared memory a worker does not forget, at an explicit reset, that its row was to be reset: the first step after it would.
-        """
-        ended = [pipe.connection for pipe in self._pipes if pipe.last is not None and (pipe.last[0][2] or pipe.last[0][3])]
-        for connection in ended:
-            connection.send(("step", 0))
-        for connection in ended:
-            connection.recv()
-
-
-class SubprocHolder:
-    """Holds rows of a Stable-Baselines3 `SubprocVecEnv`, whose workers reset a row that ends by themselves, as those of Gymnasium do."""
-
-    holds = True
-
-    def __init__(self, venv: Any) -> None:
-        self._venv = venv
-        self._remotes: tuple[HeldRemote, ...] = ()
-
-    def fresh(self) -> bool:
-        """See `RowHolder`."""
-        return not self._all_have("fresh") or all(self._venv.get_attr("fresh"))
-
-    def _all_have(self, name: str) -> bool:
-        return all(self._venv.env_method("has_wrapper_attr", name))
-
-    def engage(self) -> None:
-        """See `RowHolder`."""
-        self._venv.env_method("set_wrapper_attr", "hold", True)
-        self._remotes = tuple(HeldRemote(remote) for remote in self._venv.remotes)
-        self._venv.remotes = self._remotes
-
-    def hold(self, rows: BoolArray) -> None:
-        """See `RowHolder`."""
-        for i in np.flatnonzero(rows):
-            self._remotes[i].held = True
-
-    def release(self) -> None:
-        """See `RowHolder`."""
-        self._venv.remotes = tuple(remote.connection for remote in self._remotes)
-        self._venv.env_method("set_wrapper_attr", "hold", False)
-        if self._all_have("require_reset"):
-            self._venv.env_method("require_reset")
-
-
 class FillerHolder:
     """For a batched environment of somebody else's, which cannot hold rows: finished ones are stepped on, as in any loop over it.
 
@@ -316,12 +179,64 @@ class FillerHolder:
         """Nothing was done."""
 
 
+class WithStatistics:
+    """Adds to another holder that Gymnasium's own wrappers of the whole batch do not count the steps of held rows.
+
+    They count every row at every step, except, outside `SAME_STEP` mode, a row whose episode ended in the step before. So during a walk
+    they work as outside that mode, and held rows look to them as if they had just ended.
+
+    Args:
+        holder: what holds the rows.
+        wrappers: the wrappers; those that cannot be told (other versions of Gymnasium) are left alone.
+    """
+
+    # Where each of them notes whose episode has ended.
+    NOTES: ClassVar[dict[type, str]] = {
+        vector_wrappers.RecordEpisodeStatistics: "prev_dones",
+        vector_wrappers.NormalizeReward: "_prev_dones",
+    }
+
+    def __init__(self, holder: RowHolder, wrappers: Sequence[Any]) -> None:
+        self._holder = holder
+        self._notes = [(wrapper, self.NOTES[type(wrapper)]) for wrapper in wrappers if hasattr(wrapper, self.NOTES[type(wrapper)])]
+        self._modes = [wrapper._autoreset_mode for wrapper, _ in self._notes]
+        self.holds = holder.holds
+
+    def fresh(self) -> bool:
+        """See `RowHolder`."""
+        return self._holder.fresh()
+
+    def engage(self) -> None:
+        """See `RowHolder`."""
+        self._holder.engage()
+        for wrapper, _ in self._notes:
+            wrapper._autoreset_mode = AutoresetMode.DISABLED
+
+    def hold(self, rows: BoolArray) -> None:
+        """See `RowHolder`."""
+        self._holder.hold(rows)
+        for wrapper, note in self._notes:
+            setattr(wrapper, note, rows.astype(getattr(wrapper, note).dtype))
+
+    def release(self) -> None:
+        """See `RowHolder`."""
+        for (wrapper, _), mode in zip(self._notes, self._modes, strict=True):
+            wrapper._autoreset_mode = mode
+        self._holder.release()
+
+
 def row_holder(layers: Sequence[Any]) -> RowHolder:
     """Returns what holds the rows of a stack.
 
     Args:
         layers: the batched layers, outermost first. An adapter that brings its own holder has a method `row_holder`.
     """
+    counting = [layer for layer in layers if type(layer) in WithStatistics.NOTES]
+    return WithStatistics(_base_holder(layers), counting) if counting else _base_holder(layers)
+
+
+def _base_holder(layers: Sequence[Any]) -> RowHolder:
+    """What holds the rows of the environment at the bottom."""
     base = layers[-1]
     for layer in layers:
         if callable(own := getattr(layer, "row_holder", None)):

@@ -55,7 +55,7 @@ def step_sequence(envs: Any, actions: npt.ArrayLike, lengths: npt.ArrayLike, log
         return walk_through(envs, *plan)
     if isinstance(envs, VectorWrapper):
         return envs.step_sequence(*plan)  # type: ignore[attr-defined, no-any-return]
-    return envs.step_sequence(plan.actions, plan.lengths)  # type: ignore[attr-defined, no-any-return]
+    return envs.step_sequence(plan.actions, plan.lengths)  # type: ignore[no-any-return]
 
 
 def one_pass(envs: Any) -> bool:
@@ -161,7 +161,9 @@ class SequenceWalk:
         self._last_infos = infos
         finished = ended if self._lengths is None else ended | (before & (self._steps >= self._lengths))
         self._finish(finished, ended)
-        return _with_final_observations(observations, infos, ended), self.active.copy()
+        if not self._holder.holds:
+            observations = _with_final_observations(observations, infos, ended)
+        return observations, self.active.copy()
 
     def stop(self, rows: BoolArray) -> None:
         """Finishes `rows` (N,) where they are, without an end of the episode."""
@@ -177,7 +179,7 @@ class SequenceWalk:
 
     def _finish(self, rows: BoolArray, ended: BoolArray) -> None:
         """Notes the last info of `rows` and holds them."""
-        for i in np.flatnonzero(rows):
+        for i in np.flatnonzero(rows).tolist():
             self.infos[i] = _last_info(self._last_infos, i, bool(ended[i]), self._holder.holds)
         self.active = self.active & ~rows
         if not self.active.all():
@@ -232,9 +234,17 @@ def _last_info(infos: Mapping[str, Any], row: int, ended: bool, held: bool) -> I
 
 def _with_final_observations(observations: Any, infos: Mapping[str, Any], ended: BoolArray) -> Any:
     """The observations with those of ended rows set to their last ones, where the environment has begun the next episodes."""
-    if "final_obs" not in infos or not ended.any():
+    final = infos.get("final_obs", ())
+    rows = [i for i in np.flatnonzero(ended).tolist() if i < len(final) and final[i] is not None]
+    if not rows:
         return observations
-    final = infos["final_obs"]
-    if not isinstance(observations, Mapping):
-        return np.stack([final[i] if ended[i] else observation for i, observation in enumerate(observations)])
-    return {key: np.stack([final[i][key] if ended[i] else value for i, value in enumerate(values)]) for key, values in observations.items()}
+    if isinstance(observations, Mapping):
+        return {key: _replaced(values, rows, [final[i][key] for i in rows]) for key, values in observations.items()}
+    return _replaced(observations, rows, [final[i] for i in rows])
+
+
+def _replaced(values: Any, rows: list[int], replacements: list[Any]) -> npt.NDArray[Any]:
+    """A copy of (N, ...) with some rows replaced."""
+    copy = np.array(values)
+    copy[rows] = replacements
+    return copy

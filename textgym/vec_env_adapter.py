@@ -15,10 +15,11 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from textgym.row_holding import FillerHolder, ProxyHolder, RowHolder, SubprocHolder, row_holder
+from textgym.row_holding import FillerHolder, ProxyHolder, RowHolder, row_holder
 from textgym.stacks import row_environments, vector_layers
 from textgym.types import BoolArray, Info
 from textgym.vector_infos import batched_infos, row_info
+from textgym.worker_holding import SubprocHolder
 
 
 def as_gymnasium_vector_env(venv: VecEnv) -> VectorEnv[Any, Any, Any]:
@@ -183,7 +184,7 @@ class StableBaselinesVecEnv(VecEnv):
 
     def _start_over(self, dones: BoolArray, observations: Any, infos: Info, row_infos: list[Info]) -> Any:
         """Puts the last observations of ended rows into their infos; returns the observations after their resets."""
-        rows = np.flatnonzero(dones)
+        rows = np.flatnonzero(dones).tolist()
         for i in rows:
             row_infos[i]["terminal_observation"] = infos["final_obs"][i] if self._same_step else _row(observations, i)
         if not self._same_step and not self.held:

@@ -31,14 +31,16 @@ class ActorCriticAdapter:
 
     def log_probs(self, observations: Any, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Returns log π(a|s), (B,), in nats."""
-        logits = self._all_log_probs(observations)
-        return logits[np.arange(len(logits)), np.asarray(actions)]
+        log_probs = self._all_log_probs(observations)
+        chosen: npt.NDArray[np.float64] = log_probs[np.arange(len(log_probs)), np.asarray(actions)]
+        return chosen
 
     def full_kl(self, reference: "ActorCriticAdapter", observations: Any) -> npt.NDArray[np.float64]:
         """Returns KL(self ‖ reference) over all actions at each observation, (B,), in nats."""
         own, other = self._all_log_probs(observations), reference._all_log_probs(observations)
         probabilities = np.exp(own)
-        return np.sum(np.where(probabilities > 0, probabilities * (own - other), 0.0), axis=1)
+        kl: npt.NDArray[np.float64] = np.sum(np.where(probabilities > 0, probabilities * (own - other), 0.0), axis=1)
+        return kl
 
     def _all_log_probs(self, observations: Any) -> npt.NDArray[np.float64]:
         """Returns log π of every action, (B, V), with dropout and the like off, and no gradient."""
@@ -49,7 +51,8 @@ class ActorCriticAdapter:
         try:
             with torch.no_grad():
                 tensors, _ = self.policy.obs_to_tensor(observations)
-                return self._categorical(tensors).logits.double().cpu().numpy()
+                log_probs: npt.NDArray[np.float64] = self._categorical(tensors).logits.double().cpu().numpy()
+                return log_probs
         finally:
             self.policy.set_training_mode(was_training)
 

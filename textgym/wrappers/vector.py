@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 from textgym import sequences
 from textgym.kl import AdaptiveKLController, Schedule
+from textgym.plans import checked_plan
 from textgym.stacks import layers
 from textgym.types import BoolArray, Info, SequenceResult
 from textgym.vector_infos import put
@@ -144,7 +145,7 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         One teacher-forced pass per model and no loop, when everything below does it in one pass too.
         """
         self.state.require_policies()
-        plan = sequences.checked_plan(self, actions, lengths, log_probs)
+        plan = checked_plan(self, actions, lengths, log_probs)
         if self._ended.any() or self.state.steps.any():
             raise ValueError(sequences.NOT_FRESH)
         if sequences.one_pass(self):
@@ -179,5 +180,5 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
             final = dict(infos.get("final_info", {}))
             for key, values in {**step, **episode}.items():
                 put(final, key, values, ended)
-            infos["final_info"], infos["_final_info"] = final, infos.get("_final_info", ended.copy())
+            infos["final_info"], infos["_final_info"] = final, ended | infos.get("_final_info", False)
         return infos
