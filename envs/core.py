@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgym.envs.task import TextTask
-from textgym.prompts import Prompt, copy_prompt
+from textgym.prompts import Prompt, PromptText, copy_prompt
 from textgym.rewards.compose import EpisodeBatch
 from textgym.tokenizers import decode
 from textgym.types import BoolArray, FinishReason, Info, IntArray, Observation
@@ -81,7 +81,8 @@ class EpisodeRows:
         phases: (N,) int8, a `Phase` per row.
         returns: (N,) float64, the reward of the episode so far, kept for rendering.
         dense_sums: the unweighted dense rewards of the episode so far by name, (N,) each.
-        prompts: N prompts, None before the first reset.
+        prompt_indices: (N,) int64, the prompt of each row, -1 for one that is not of the set (and before the first reset).
+        free_prompts: those prompts by row.
         outcomes: what came of each row's episode and its place there, None while the episode goes on (or when it was truncated).
     """
 
@@ -94,9 +95,13 @@ class EpisodeRows:
         self.phases: npt.NDArray[np.int8] = np.full(num_rows, Phase.NEEDS_RESET, dtype=np.int8)
         self.returns: Float64Array = np.zeros(num_rows)
         self.dense_sums: dict[str, Float64Array] = {}
-        self.prompts: list[Prompt | None] = [None] * num_rows
+        self.prompt_indices: IntArray = np.full(num_rows, -1, dtype=np.int64)
+        self.free_prompts: dict[int, Prompt] = {}
         self.outcomes: list[tuple[Outcome, int] | None] = [None] * num_rows
         self._decode = partial(decode, task.tokenizer)
+        # Flat views and places: writing one token per row is several times faster through them than by row and column.
+        self._flat_ids, self._flat_mask = self.input_ids.reshape(-1), self.attention_mask.reshape(-1)
+        self._first_places: IntArray = np.arange(num_rows) * task.length + task.max_prompt_tokens
 
     def observe(self) -> Observation:
         """Returns the observation of all rows, (N, L), in new arrays."""
@@ -111,11 +116,6 @@ class EpisodeRows:
         """Returns the observation of one row, (L,), in new arrays."""
         return {"input_ids": self.input_ids[row].copy(), "attention_mask": self.attention_mask[row].copy()}
 
-    def draw_prompt(self, rng: np.random.Generator) -> Prompt:
-        """Draws a prompt of the set uniformly."""
-        prompts = self.task.prompt_set
-        return prompts[int(rng.integers(len(prompts)))]
-
     def begin(self, row: int, prompt: Prompt) -> None:
         """Begins an episode in a row."""
         columns = slice(self.task.max_prompt_tokens - len(prompt.ids), self.task.max_prompt_tokens)
@@ -124,13 +124,32 @@ class EpisodeRows:
         mask.fill(0)
         ids[columns] = prompt.ids
         mask[columns] = 1
-        self.prompts[row] = prompt
-        self.outcomes[row] = None
+        self.prompt_indices[row] = prompt.index
+        if prompt.index < 0:
+            self.free_prompts[row] = prompt
         self.lengths[row] = 0
         self.phases[row] = Phase.RUNNING
         self.returns[row] = 0.0
+        self.outcomes[row] = None
         for sums in self.dense_sums.values():
             sums[row] = 0.0
+
+    def begin_many(self, rows: IntArray, indices: IntArray) -> None:
+        """Begins an episode in each of `rows` (K,) with the prompts `indices` (K,) of the set. `begin` for many rows."""
+        task = self.task
+        ids, real = task.prompt_set.left_padded(indices, task.max_prompt_tokens, task.fill_token_id)
+        self.input_ids[rows, task.max_prompt_tokens :] = task.fill_token_id
+        self.attention_mask[rows, task.max_prompt_tokens :] = 0
+        self.input_ids[rows, : task.max_prompt_tokens] = ids
+        self.attention_mask[rows, : task.max_prompt_tokens] = real
+        self.prompt_indices[rows] = indices
+        self.lengths[rows] = 0
+        self.phases[rows] = Phase.RUNNING
+        self.returns[rows] = 0.0
+        for row in rows.tolist():
+            self.outcomes[row] = None
+        for sums in self.dense_sums.values():
+            sums[rows] = 0.0
 
     def append_one(self, row: int, token: int) -> bool:
         """Appends a token to one row and returns whether that ended its episode. `append` for a single row, without array work."""
@@ -155,9 +174,9 @@ class EpisodeRows:
             (K,) bool.
         """
         lengths = self.lengths[rows]
-        columns = lengths + self.task.max_prompt_tokens
-        self.input_ids[rows, columns] = tokens
-        self.attention_mask[rows, columns] = 1
+        places = self._first_places[rows] + lengths
+        self._flat_ids[places] = tokens
+        self._flat_mask[places] = 1
         lengths += 1
         self.lengths[rows] = lengths
         ended: BoolArray = self.task.ends_episode[tokens]
@@ -183,16 +202,25 @@ class EpisodeRows:
     def batch(self, rows: Sequence[int] | IntArray) -> EpisodeBatch:
         """Returns the completions of `rows` so far with their prompts and columns, as rewards see them."""
         start = self.task.max_prompt_tokens
-        prompts = [prompt for row in rows if (prompt := self.prompts[row]) is not None]
         lengths = self.lengths[rows].tolist()
         tokens = self.input_ids[rows, start : start + max(lengths)].tolist()
-        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        prompts, columns = self._prompts_of(rows)
         return EpisodeBatch(
-            prompts=[copy_prompt(prompt.text) for prompt in prompts],
+            prompts=prompts,
             completion_ids=[ids[:length] for ids, length in zip(tokens, lengths, strict=True)],
-            columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+            columns=columns,
             decode=self._decode,
         )
+
+    def _prompts_of(self, rows: Sequence[int] | IntArray) -> tuple[list[PromptText], dict[str, list[Any]]]:
+        """Returns the prompts of `rows`, as objects of the caller's own, and their other columns."""
+        prompt_set, indices = self.task.prompt_set, self.prompt_indices[rows].tolist()
+        if min(indices) >= 0:
+            columns = {name: [values[i] for i in indices] for name, values in prompt_set.columns.items()}
+            return [copy_prompt(prompt_set.texts[i]) for i in indices], columns
+        prompts = [prompt_set[i] if i >= 0 else self.free_prompts[row] for row, i in zip(rows, indices, strict=True)]
+        names = dict.fromkeys([*prompt_set.columns, *(name for prompt in prompts for name in prompt.columns)])
+        return [copy_prompt(prompt.text) for prompt in prompts], {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
     def pay_dense(self, rows: IntArray, finished: BoolArray) -> tuple[Float64Array, dict[str, Float64Array]]:
         """Returns what the dense rewards pay for the last token of each of `rows`, weighted (K,) and by name (K,) unweighted."""

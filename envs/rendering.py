@@ -14,10 +14,10 @@ _UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character who
 
 def row_frame(rows: EpisodeRows, row: int) -> str:
     """Returns the episode of a row as a few lines: the prompt, the text so far, and how far and how good it is."""
-    prompt = rows.prompts[row]
-    if prompt is None:
+    if rows.prompt_indices[row] < 0 and row not in rows.free_prompts:
         raise EpisodeEndedError("`render` needs an episode, and none has begun; call `reset` first.")
-    lines = [*_block(_PROMPT, prompt_text(prompt.text)), *_block(_TEXT, rows.batch([row]).texts[0])]
+    batch = rows.batch([row])
+    lines = [*_block(_PROMPT, prompt_text(batch.prompts[0])), *_block(_TEXT, batch.texts[0])]
     return "\n".join([*lines, _STATUS + _status(rows, row)])
 
 

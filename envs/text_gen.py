@@ -167,7 +167,7 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
         index = self._next_prompt_index
         if "prompt_index" in options:
             index = self._task.check_prompt_index(options["prompt_index"], 'options["prompt_index"]')
-        return self._rows.draw_prompt(self.np_random) if index is None else self._task.prompt_set[index]
+        return self._task.prompt_set[int(self.np_random.integers(self.num_prompts)) if index is None else index]
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, Info]:
         """Appends a token.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 _NO_ROWS: IntArray = np.empty(0, dtype=np.int64)
+_NO_PROMPTS: Mapping[int, Prompt] = MappingProxyType({})
 
 
 class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
@@ -158,9 +160,9 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
 
     @next_prompt_index.setter
     def next_prompt_index(self, index: int | Sequence[int | None] | IntArray | None) -> None:
-        self._next_prompt_index = self._prompt_indices(index, range(self.num_envs), "next_prompt_index")
+        self._next_prompt_index = self._prompt_indices(index, self._every_row, "next_prompt_index")
 
-    def _prompt_indices(self, index: Any, rows: Sequence[int], argument: str) -> list[int | None]:
+    def _prompt_indices(self, index: Any, rows: Sequence[int] | IntArray, argument: str) -> list[int | None]:
         """Returns one checked prompt index, or None, for each of `rows`."""
         if not isinstance(index, Sequence | np.ndarray) or np.ndim(index) == 0:
             one = None if index is None else self._task.check_prompt_index(index, argument)
@@ -186,44 +188,49 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             if not len(rows):
                 raise ValueError('`options["reset_mask"]` must have at least one True entry, got none.')
         seeds = check_seeds(seed, self.num_envs)
-        chosen = self._choose_prompts(checked, rows.tolist())
+        free = self._free_prompts(checked, rows.tolist())
+        if "prompt_index" in checked:
+            for row, index in zip(rows, self._prompt_indices(checked["prompt_index"], rows, 'options["prompt_index"]'), strict=True):
+                self._next_prompt_index[row] = index
         for row in rows.tolist():
             if seeds[row] is not None:
                 self._seed_row(row, seeds[row])
         infos = InfoBuilder(self.num_envs)
-        self._begin(rows, infos, chosen)
+        self._begin(rows, infos, free)
         self._held[rows] = False
         self._any_held = bool(self._held.any())
         return self._rows.observe(), infos.infos
 
-    def _choose_prompts(self, options: Mapping[str, Any], rows: list[int]) -> list[Prompt | None]:
-        """Returns the prompt that the options ask for in each of `rows`, None where they leave it open."""
-        if "prompt" in options:
-            prompt = options["prompt"]
-            if not isinstance(prompt, list | tuple) or all(isinstance(part, Mapping) and "role" in part for part in prompt):
-                return [self._task.free_prompt(prompt)] * len(rows)
-            if len(prompt) != self.num_envs:
-                raise ValueError(
-                    f'`options["prompt"]` must be one prompt or a list of one per row: {self.num_envs} rows, got {len(prompt)} prompts.'
-                )
-            return [self._task.free_prompt(prompt[row]) for row in rows]
-        if "prompt_index" not in options:
-            return [None] * len(rows)
-        indices = self._prompt_indices(options["prompt_index"], rows, 'options["prompt_index"]')
-        return [None if index is None else self._task.prompt_set[index] for index in indices]
+    def _free_prompts(self, options: Mapping[str, Any], rows: list[int]) -> dict[int, Prompt]:
+        """Returns the prompts of `options["prompt"]` by row."""
+        if "prompt" not in options:
+            return {}
+        prompt = options["prompt"]
+        if not isinstance(prompt, list | tuple) or all(isinstance(part, Mapping) and "role" in part for part in prompt):
+            return dict.fromkeys(rows, self._task.free_prompt(prompt))
+        if len(prompt) != self.num_envs:
+            raise ValueError(
+                f'`options["prompt"]` must be one prompt or a list of one per row: {self.num_envs} rows, got {len(prompt)} prompts.'
+            )
+        return {row: self._task.free_prompt(prompt[row]) for row in rows}
 
-    def _begin(self, rows: IntArray, infos: InfoBuilder, chosen: Sequence[Prompt | None] = ()) -> None:
-        """Begins an episode in each of `rows`, with its `chosen` prompt, else with its `next_prompt_index`, else with a random one."""
-        indices = np.empty(len(rows), dtype=np.int64)
-        for place, row in enumerate(rows.tolist()):
-            index = self._next_prompt_index[row]
-            prompt = chosen[place] if chosen else None
-            if prompt is None:
-                prompt = self._rows.draw_prompt(self._generator(row)) if index is None else self._task.prompt_set[index]
-            self._next_prompt_index[row] = None
-            self._rows.begin(row, prompt)
-            indices[place] = prompt.index
+    def _begin(self, rows: IntArray, infos: InfoBuilder, free: Mapping[int, Prompt] = _NO_PROMPTS) -> None:
+        """Begins an episode in each of `rows`: with its `free` prompt, else with its `next_prompt_index`, else with a random one."""
+        indices = np.array([-1 if row in free else self._draw(row) for row in rows.tolist()], dtype=np.int64)
+        if free:
+            for row in free:
+                self._rows.begin(row, free[row])
+                self._next_prompt_index[row] = None
+        else:
+            self._rows.begin_many(rows, indices)
         infos.add_numbers("prompt_index", rows, indices)
+
+    def _draw(self, row: int) -> int:
+        index = self._next_prompt_index[row]
+        if index is None:
+            return int(self._generator(row).integers(self.num_prompts))
+        self._next_prompt_index[row] = None
+        return index
 
     def step(self, actions: IntArray) -> tuple[Observation, Array, Array, Array, Info]:
         """Appends a token to each row.

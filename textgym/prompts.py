@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from textgym.types import IntArray
+from textgym.types import BoolArray, IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +56,14 @@ class PromptSet:
         texts: the prompts as given, strings or message lists.
         columns: every other column, one value per prompt (None where a row lacks it).
         ids: the tokens of each prompt, int64 arrays.
+        lengths: how many those are, (len(prompts),) int64.
         tokenizer: the tokenizer that made them.
     """
 
     texts: list[PromptText]
     columns: dict[str, list[Any]]
     ids: list[IntArray]
+    lengths: IntArray
 
     def __init__(self, prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
         if isinstance(prompts, PromptSet):
@@ -69,7 +71,14 @@ class PromptSet:
         else:
             self.texts, self.columns = read_prompts(prompts)
         self.tokenizer = tokenizer
-        self.ids = encode_prompts(tokenizer, self.texts)
+        self._set_ids(encode_prompts(tokenizer, self.texts))
+
+    def _set_ids(self, ids: list[IntArray]) -> None:
+        """Stores the tokens of all prompts one after the other in one array, of which `ids` are views."""
+        self.lengths = np.array([len(one) for one in ids], dtype=np.int64)
+        self._tokens: IntArray = np.concatenate(ids)
+        self._ends: IntArray = np.cumsum(self.lengths)
+        self.ids = np.split(self._tokens, self._ends[:-1])
 
     @classmethod
     def build(cls, prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> "PromptSet":
@@ -79,7 +88,7 @@ class PromptSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(len(ids) for ids in self.ids)
+        return int(self.lengths.max())
 
     def fit(self, max_prompt_tokens: int, *, truncate: bool = False) -> "PromptSet":
         """Returns a set in which no prompt is longer than `max_prompt_tokens`: itself where none is.
@@ -88,7 +97,7 @@ class PromptSet:
             max_prompt_tokens: the limit, in tokens.
             truncate: keep the last `max_prompt_tokens` tokens of a longer prompt; otherwise one is an error that names the rows.
         """
-        rows = [row for row, ids in enumerate(self.ids) if len(ids) > max_prompt_tokens]
+        rows = np.flatnonzero(self.lengths > max_prompt_tokens).tolist()
         if not rows:
             return self
         if not truncate:
@@ -99,8 +108,24 @@ class PromptSet:
                 f"raise `max_prompt_tokens` (the longest needs {self.longest}) or pass `truncate_prompts=True` to keep the end of each."
             )
         fitted = copy(self)
-        fitted.ids = [ids[-max_prompt_tokens:] for ids in self.ids]
+        fitted._set_ids([ids[-max_prompt_tokens:] for ids in self.ids])
         return fitted
+
+    def left_padded(self, indices: IntArray, width: int, fill_token_id: int) -> tuple[IntArray, BoolArray]:
+        """Returns the tokens of some prompts as a right-aligned array.
+
+        Args:
+            indices: (K,) prompt numbers.
+            width: P, at least the longest of them.
+            fill_token_id: the id in front of shorter ones.
+
+        Returns:
+            (K, P) ids and the (K, P) mask of the real ones.
+        """
+        back = np.arange(width, 0, -1)  # how far a column stands from the end
+        real = back <= self.lengths[indices][:, None]  # (K, P)
+        places = np.where(real, self._ends[indices][:, None] - back, 0)
+        return np.where(real, self._tokens[places], fill_token_id), real
 
     def __len__(self) -> int:
         return len(self.texts)

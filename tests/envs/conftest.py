@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerFast
 
 
 def make_tokenizer(vocab_size: int = 12, **special: str) -> PreTrainedTokenizerFast:
-    """Words `w0`, `w1`, ...; `w1` ends a text unless other special tokens are given."""
-    model = models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
+    """Words `w0`, `w1`, ..., but number 1 is `<end>`, the end token unless other special tokens are given."""
+    model = models.WordLevel({"<end>" if i == 1 else f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(special or {"eos_token": "w1"}))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(special or {"eos_token": "<end>"}))
 
 
 @pytest.fixture(scope="session")
