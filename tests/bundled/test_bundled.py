@@ -47,7 +47,7 @@ def test_unknown_names_say_what_there_is(call) -> None:
 
 
 def test_paths_exist() -> None:
-    assert all(bundled_path(name).exists() for name in BUNDLED_PATHS if name != "reward-model")
+    assert all(bundled_path(name).exists() for name in BUNDLED_PATHS)
 
 
 def test_tokenizer_survives_decoding_and_encoding() -> None:
