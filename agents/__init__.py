@@ -7,10 +7,15 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AdaptiveKLController": "textgym.kl",
     "CausalLMPolicy": "textgym.agents.policy",
+    "Evaluation": "textgym.agents.common.evaluation",
+    "PPO": "textgym.agents.ppo",
+    "REINFORCE": "textgym.agents.reinforce",
     "Sampling": "textgym.agents.common.sampling",
     "ValueHead": "textgym.agents.common.value_heads",
     "ValueModel": "textgym.agents.common.value_heads",
+    "evaluate_policy": "textgym.agents.common.evaluation",
 }
 
 __all__ = sorted(_HOMES)

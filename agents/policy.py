@@ -362,6 +362,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         state: Any = None,
         episode_start: Array | None = None,
         deterministic: bool = False,
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Array, Any]:
         """Chooses the next token, as Stable-Baselines3's policies do.
 
@@ -371,6 +373,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 reused for rows that have grown by one token since the last call with the same state.
             episode_start: not needed: a row that starts again is recognised by its tokens.
             deterministic: the most probable token instead of a draw.
+            generator: the source of the draw, on the policy's device; None: the policy's own.
 
         Returns:
             the action(s), int64, and the state used.
@@ -386,7 +389,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             else:
                 kept = kept_tokens(logits, self.sampling)
                 logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
-                uniforms = torch.rand(len(logits), generator=self.generator, device=self.device, dtype=torch.float64)
+                uniforms = torch.rand(len(logits), generator=generator or self.generator, device=self.device, dtype=torch.float64)
                 tokens = draw(logits, uniforms)[0]
         actions = tokens.cpu().numpy()
         return (actions[0] if single else actions), acting

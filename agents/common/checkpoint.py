@@ -1,0 +1,188 @@
+"""An agent as a folder: weights and optimiser in safetensors, everything else in JSON. Nothing is pickled.
+
+agent.json              class, constructor arguments, counters, schedules, generators' states
+model/                  the policy and its tokenizer, readable by transformers
+reference/              the frozen reference (absent where it is the policy with its adapter off)
+critic/                 the value function, where there is one
+optimizer.safetensors   the optimiser's tensors
+generator.safetensors   the state of the sampling generator
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from textgym.agents.common.critic import Critic
+from textgym.agents.common.schedules import schedule_from_json, schedule_to_json
+from textgym.agents.policy import CausalLMPolicy
+from textgym.kl import AdaptiveKLController
+
+if TYPE_CHECKING:
+    from textgym.agents.base import OnPolicyAgent
+
+FORMAT = 1
+BASE_ARGUMENTS = (
+    "learning_rate",
+    "gamma",
+    "rollout_size",
+    "num_generations",
+    "micro_batch_size",
+    "max_grad_norm",
+    "missing_eos_penalty",
+    "whiten_rewards",
+    "tensorboard_log",
+    "verbose",
+    "seed",
+    "stats_window_size",
+)
+AgentT = TypeVar("AgentT", bound="OnPolicyAgent")
+
+
+def save_agent(agent: "OnPolicyAgent", path: Path) -> None:
+    """Writes `agent` to the folder `path`; what is there is replaced only when all of the new checkpoint is on the disk."""
+    path.mkdir(parents=True, exist_ok=True)
+    fresh = path / ".saving"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    agent.policy.save_pretrained(fresh / "model")
+    kind = _reference_kind(agent)
+    if kind == "saved":
+        agent.reference.save_pretrained(fresh / "reference")
+    if agent.critic is not None:
+        agent.critic.save(fresh / "critic")
+    tensors, optimizer_state = _split_tensors(agent.optimizer.state_dict())
+    save_file(tensors, fresh / "optimizer.safetensors")
+    save_file({"sampling": agent.sampling_generator.get_state()}, fresh / "generator.safetensors")
+    document = {
+        "format": FORMAT,
+        "class": type(agent).__name__,
+        "arguments": _arguments(agent),
+        "reference": kind,
+        "state": _state(agent),
+        "optimizer": optimizer_state,
+    }
+    (fresh / "agent.json").write_text(json.dumps(document, indent=1))
+    _move_in(fresh, path)
+
+
+def _move_in(fresh: Path, path: Path) -> None:
+    """Moves the parts of a new checkpoint into place; `agent.json` last, and files that are not ours stay."""
+    for item in sorted(fresh.iterdir(), key=lambda item: item.name == "agent.json"):
+        target = path / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        item.replace(target)
+    fresh.rmdir()
+
+
+def _reference_kind(agent: "OnPolicyAgent") -> str:
+    if not isinstance(agent.reference, CausalLMPolicy):
+        return "given"
+    return "adapter_off" if agent.reference.model is agent.policy.model else "saved"
+
+
+def _arguments(agent: "OnPolicyAgent") -> dict[str, Any]:
+    """The constructor's arguments as JSON; a function that has no JSON form is left as null and must be given to `load` again."""
+    arguments = {name: schedule_to_json(getattr(agent, name)) for name in (*BASE_ARGUMENTS, *agent.saved_arguments)}
+    beta = agent.beta
+    arguments["beta"] = {"adaptive": beta.state_dict()} if isinstance(beta, AdaptiveKLController) else schedule_to_json(beta)
+    functions = [name for name in arguments if arguments[name] is None and getattr(agent, name) is not None]
+    return {"values": arguments, "functions": functions}
+
+
+def _state(agent: "OnPolicyAgent") -> dict[str, Any]:
+    return {
+        "num_timesteps": agent.num_timesteps,
+        "total_timesteps": agent._total_timesteps,
+        "n_updates": agent._n_updates,
+        "progress_remaining": agent._current_progress_remaining,
+        "episodes": list(agent.ep_info_buffer or []),
+        "prompt_order": None if agent.prompt_order is None else agent.prompt_order.state_dict(),
+        "minibatches": agent.minibatch_generator.bit_generator.state,
+        "evaluation": None if agent.evaluation is None else agent.evaluation.state_dict(),
+        "sampling": asdict(agent.policy.sampling),
+        "extra": agent.extra_state(),
+    }
+
+
+def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits an optimiser's state into tensors by name and the JSON rest."""
+    tensors, rest = {}, {}
+    for index, entries in state["state"].items():
+        rest[str(index)] = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+    return tensors, {"state": rest, "param_groups": state["param_groups"]}
+
+
+def _join_tensors(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | str, changes: dict[str, Any]) -> AgentT:
+    """Rebuilds the agent that `save_agent` wrote.
+
+    Raises:
+        ValueError: there is no checkpoint, it is another class's, or an argument that has to be given again is missing.
+    """
+    document = _read(cls, path)
+    values = {name: schedule_from_json(value) for name, value in document["arguments"]["values"].items()}
+    adaptive = values["beta"]
+    if isinstance(adaptive, dict):
+        state = adaptive["adaptive"]
+        values["beta"] = AdaptiveKLController(state["value"], state["target"], state["horizon"])
+    missing = [name for name in document["arguments"]["functions"] if name not in changes]
+    if missing:
+        raise ValueError(f"{path} was saved with functions for {missing}, which a checkpoint cannot hold; pass them to `load` again.")
+    sampling = document["state"]["sampling"]
+    policy = CausalLMPolicy.from_pretrained(path / "model", device=device, **sampling)
+    if "reference" not in changes:
+        if document["reference"] == "given":
+            raise ValueError(f"{path} was saved with a `reference` of your own class; pass it to `load` again.")
+        if document["reference"] == "saved":
+            changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **sampling).reference()
+    if (path / "critic").is_dir():
+        changes["critic"] = Critic.load(path / "critic", policy)
+    agent = cls(policy, None, **{**values, **changes})
+    if env is not None:
+        agent.set_env(env)
+    _restore(agent, path, document)
+    return agent
+
+
+def _read(cls: type[Any], path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads((path / "agent.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no checkpoint: there is no agent.json in it.") from None
+    if document["class"] != cls.__name__:
+        raise ValueError(f"{path} is a checkpoint of {document['class']}; load it with `{document['class']}.load`.")
+    if document["format"] != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {document['format']}; this version of textgym reads format {FORMAT}.")
+    return document
+
+
+def _restore(agent: "OnPolicyAgent", path: Path, document: dict[str, Any]) -> None:
+    state = document["state"]
+    agent.optimizer.load_state_dict(_join_tensors(load_file(path / "optimizer.safetensors"), document["optimizer"]))
+    agent.sampling_generator.set_state(load_file(path / "generator.safetensors")["sampling"])
+    agent.num_timesteps, agent._n_updates = state["num_timesteps"], state["n_updates"]
+    agent._total_timesteps, agent._current_progress_remaining = state["total_timesteps"], state["progress_remaining"]
+    agent.restore_episode_statistics(state["episodes"])
+    agent.minibatch_generator.bit_generator.state = state["minibatches"]
+    if state["prompt_order"] is not None:
+        agent.restore_prompt_order(state["prompt_order"])
+    if agent.evaluation is not None and state["evaluation"] is not None:
+        agent.evaluation.load_state_dict(state["evaluation"])
+    agent.load_extra_state(state["extra"])
