@@ -1,6 +1,6 @@
 """What a text environment generates and how it is paid: prompts, tokenizer, rewards and sizes, shared by every copy of the environment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 from textgym.prompts import Prompt, PromptSet, encode_prompts, split_row
 from textgym.rewards.compose import RewardSet
+from textgym.rewards.episodes import RESERVED_COLUMNS
 from textgym.tokenizers import SharedTokenizer, end_token_ids, filler_token_id, load_tokenizer
 from textgym.types import BoolArray
 
@@ -83,6 +84,7 @@ class TextTask:
         """Returns a prompt that is not of the set, from a string, messages, or a dict with `prompt` and other columns."""
         argument = '`options["prompt"]`'
         text, columns = split_row(row, argument)
+        _check_columns(columns, argument)
         ids = encode_prompts(self.tokenizer, [text], argument)[0]
         if len(ids) > self.max_prompt_tokens and not self.truncate_prompts:
             raise ValueError(
@@ -123,6 +125,7 @@ def build_task(
         raise ValueError("`truncate_prompts=True` needs `max_prompt_tokens`, the length to cut to: without it every prompt fits.")
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else _bundled_tokenizer()
     read = _bundled_prompts(loaded) if prompts is None else PromptSet.build(prompts, loaded)
+    _check_columns(read.columns, "`prompts`")
     limit = int(max_prompt_tokens) if max_prompt_tokens is not None else read.longest
     ends = end_token_ids(loaded, eos_token_ids)
     ends_episode = np.zeros(len(loaded), dtype=np.bool_)
@@ -140,6 +143,12 @@ def build_task(
         vocab_size=len(loaded),
         ends_episode=ends_episode,
     )
+
+
+def _check_columns(names: Iterable[str], where: str) -> None:
+    taken = sorted(RESERVED_COLUMNS.intersection(names))
+    if taken:
+        raise ValueError(f"{where} must not have the columns {taken}, names that rewards use for something else; rename them.")
 
 
 def check_count(argument: str, value: Any) -> int:
