@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -243,9 +244,15 @@ def _encode_strings(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> l
     if suspects:
         plain = _call(tokenizer, [texts[i] for i in suspects], add_special_tokens=False)
         for i, ids in zip(suspects, plain, strict=True):
-            if not ids or ids[-1] != end:  # the tokenizer put it there, not the user
+            # what ends the text by itself is the user's, one more end is the tokenizer's
+            if _trailing(encoded[i], end) > _trailing(ids, end):
                 encoded[i] = encoded[i][:-1]
     return encoded
+
+
+def _trailing(ids: list[int], token: int) -> int:
+    """Returns how often `token` stands at the end."""
+    return len(list(takewhile(token.__eq__, reversed(ids))))
 
 
 def _call(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
