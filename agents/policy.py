@@ -76,7 +76,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.frozen = False
         if getattr(model, "hf_device_map", None) is None:
             model.to(get_device(device))
-        self.model = model
+        self.model: Any = model
         self.backbone = Backbone(model, self.vocab_size)
         self._acting = ActingState()
         self._generator: torch.Generator | None = None
@@ -223,7 +223,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             action_mask: legal tokens, (V,) or (B, V) bool, or an `ActionMasker`; the distribution is renormalised over them.
             generator: takes the place of `seed`.
         """
-        given = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        given: dict[str, Any] = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         prompt_ids, prompt_lengths = self.encode_prompts(prompts)
         if seed is not None:

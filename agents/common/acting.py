@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from textgym.agents.common.backbone import Backbone
-from textgym.agents.common.kv_cache import SlotCursor, SlotLayer, preallocated_cache, slot_cache
+from textgym.agents.common.kv_cache import PreallocatedLayer, SlotCursor, SlotLayer, preallocated_cache, slot_cache
 
 
 class ActingState:
@@ -99,7 +99,7 @@ class ActingState:
         prefilled = preallocated_cache(len(self._cache.layers), width)
         features = backbone.features(tokens, None, None, prefilled)
         for layer, source in zip(self._cache.layers, prefilled.layers, strict=True):
-            assert isinstance(layer, SlotLayer), "slot_cache makes nothing else"
+            assert isinstance(layer, SlotLayer) and isinstance(source, PreallocatedLayer), "made by slot_cache and preallocated_cache"
             layer.load(rows, source.keys, source.values, len(ids))
         ends = torch.as_tensor(lengths[afresh] - 1, device=backbone.device)
         logits = backbone.logits(features[torch.arange(len(ends), device=backbone.device), ends])

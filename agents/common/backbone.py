@@ -34,11 +34,11 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, vocab_size: int, without_adapter: bool = False) -> None:
-        self.model = model
+        self.model: Any = model
         self.vocab_size = vocab_size
         self.without_adapter = without_adapter
         self._base = without_peft(model)
-        self._trunk: nn.Module = self._base.base_model
+        self._trunk: Any = self._base.base_model
         head = self._base.get_output_embeddings()
         outputs = _output_size(self._base, head)
         if outputs < vocab_size:
@@ -145,8 +145,10 @@ class Backbone:
     def copy_trunk(self) -> PreTrainedModel:
         """Returns a copy of the trunk, without the adapters where there are some."""
         if self._base is self.model:
-            return copy.deepcopy(self._base.base_model)
-        trunk: PreTrainedModel = copy.deepcopy(self.model).unload().base_model
+            trunk: PreTrainedModel = copy.deepcopy(self._trunk)
+            return trunk
+        peft_model: Any = copy.deepcopy(self.model)
+        trunk = peft_model.unload().base_model
         return trunk
 
     def new_cache(self) -> Cache:
@@ -204,15 +206,15 @@ def without_peft(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers model inside; adapters that are injected into its layers stay active."""
     if isinstance(model, PreTrainedModel):
         return model
-    get_base_model = getattr(model, "get_base_model", None)
-    if get_base_model is None:
+    peft_model: Any = model
+    if not hasattr(model, "get_base_model"):
         raise ValueError(f"`model` must be a transformers causal LM or a peft model around one, got {type(model).__name__}.")
-    if model.active_peft_config.is_prompt_learning:
+    if peft_model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            f"`model` uses peft's {model.active_peft_config.peft_type}, which puts virtual tokens before the prompt; "
+            f"`model` uses peft's {peft_model.active_peft_config.peft_type}, which puts virtual tokens before the prompt; "
             "only adapters inside the layers (LoRA and its kin) are supported."
         )
-    base: PreTrainedModel = get_base_model()
+    base: PreTrainedModel = peft_model.get_base_model()
     return base
 
 

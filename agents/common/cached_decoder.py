@@ -67,11 +67,12 @@ class CachedDecoder:
         return self._backbone.attention((causal & valid[:, None, None, :]) | itself)
 
     def _reorder(self, rows: Tensor) -> None:
-        for layer in self._cache.layers:
-            if isinstance(layer, PreallocatedLayer):
+        if self._backbone.dense_mask:
+            for layer in self._cache.layers:
+                assert isinstance(layer, PreallocatedLayer), "preallocated_cache makes nothing else"
                 layer.select(rows, self._capacity)
-            else:
-                layer.batch_select_indices(rows)
+        else:
+            self._cache.batch_select_indices(rows)
         self.logits = self.logits.index_select(0, rows)
         self._visible = self._visible.index_select(0, rows)
         self._next_position = self._next_position.index_select(0, rows)

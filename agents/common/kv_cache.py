@@ -3,19 +3,22 @@
 transformers' own growing cache copies everything it holds at each token; these do not.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' caches are untyped
+class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values, (B, heads, capacity, head size), filled from the left; all rows stand at the same column.
 
     Args:
         capacity: columns to make room for.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -39,20 +42,23 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' ca
     def select(self, rows: Tensor, capacity: int) -> None:
         """Keeps `rows` (B',) int64, repeated where they repeat, with room for `capacity` columns."""
         for name in ("keys", "values"):
-            old = cast(Tensor, getattr(self, name))
+            old: Tensor = getattr(self, name)
             new = _room(old, capacity, rows.shape[0])
             new[:, :, : self.filled] = old[:, :, : self.filled].index_select(0, rows)
             setattr(self, name, new)
         self.capacity = capacity
 
 
-class SlotLayer(DynamicLayer):  # type: ignore[misc]
+class SlotLayer(DynamicLayer):
     """One layer's keys and values where every row stands at a column of its own, which the shared `cursor` names.
 
     Args:
         cursor: the slots to write at the next update, shared by all layers.
         capacity: columns to make room for.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cursor: "SlotCursor", capacity: int) -> None:
         super().__init__()

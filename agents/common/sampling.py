@@ -136,7 +136,8 @@ def pack_kept(kept: Tensor) -> Tensor:
     vocab_size = kept.shape[-1]
     bits = torch.nn.functional.pad(kept.to(torch.uint8), (0, -vocab_size % 8)).unflatten(-1, (-1, 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (bits << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (bits << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_kept(packed: Tensor, vocab_size: int) -> Tensor:

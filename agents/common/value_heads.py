@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from textgym.agents.common.backbone import Backbone, without_peft
+from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.scoring import Rows, lay_out, spread
 
 HEAD_FILE = "value_head.safetensors"
@@ -88,13 +88,14 @@ class ValueModel(nn.Module):
             model: the classifier (copied) or its path. It must read the policy's own token ids.
             device: where the critic goes.
         """
+        classifier: Any = model
         if not isinstance(model, PreTrainedModel):
-            model = AutoModelForSequenceClassification.from_pretrained(str(model))
-        score = getattr(model, "score", None)
+            classifier = AutoModelForSequenceClassification.from_pretrained(str(model))
+        score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             found = "no linear `score` layer" if not isinstance(score, nn.Linear) else f"{score.out_features} labels"
             raise ValueError(
-                f"`model` must be a decoder with a linear `score` layer of one label to start a critic from, got {type(model).__name__} "
+                f"`model` must be a decoder with a linear `score` layer of one label to start a critic from, got {type(classifier).__name__} "
                 f"with {found}. Train the reward model with num_labels=1."
             )
         head = ValueHead(score.in_features)
@@ -102,7 +103,7 @@ class ValueModel(nn.Module):
             head.output.weight.copy_(score.weight)
             if score.bias is not None:
                 head.output.bias.copy_(score.bias)
-        trunk = copy.deepcopy(without_peft(model).base_model).requires_grad_(True)
+        trunk = copy.deepcopy(classifier.base_model).requires_grad_(True)
         return cls(trunk, head).to(device)
 
     def train(self, mode: bool = True) -> "ValueModel":
