@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,17 @@ from torch import Tensor, nn
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.cached_decoder import ActionMasker, PolicyMask
-from textgym.agents.common.generation import DecodeOptions, Generation, decode, pad_left
+from textgym.agents.common.generation import DecodeOptions, Generation, decode
+from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
+from textgym.agents.common.prompt_batches import Prompts, encode
 from textgym.agents.common.sampling import Sampling, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
+from textgym.tokenizers import decode as decode_ids
+from textgym.tokenizers import end_token_ids, filler_token_id
 
 Array = npt.NDArray[Any]
 Observation = Mapping[str, Array]
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Observation | tuple[Any, Any]
 
 
 class CausalLMPolicy(NumpyProtocol, nn.Module):
@@ -71,8 +73,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.sampling = Sampling(temperature, top_k, top_p, min_p)
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
-        self.eos_token_ids = _eos_ids(tokenizer, eos_token_ids, self.vocab_size)
-        self.fill_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
+        self.fill_token_id = filler_token_id(tokenizer, self.eos_token_ids)
         self.frozen = False
         if getattr(model, "hf_device_map", None) is None:
             model.to(get_device(device))
@@ -97,34 +99,28 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         """Loads model and tokenizer.
 
         Args:
-            path: a folder that `save_pretrained` wrote, or an id of the Hugging Face hub (its cache, or a download).
+            path: a folder that `save_pretrained` wrote (a LoRA adapter alone is put on the model that it names), or an id of the Hugging
+                Face hub (its cache, or a download).
             device: see the class.
             dtype: of the weights; "auto" keeps that of the checkpoint.
             trust_remote_code: run Python code that comes with the checkpoint.
             lora: a `peft.LoraConfig`: train this adapter and leave the weights alone.
             **settings: further arguments of the class (`temperature`, ...).
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # loads a great many modules; importing this file should not
-
-        name = os.fspath(path)
-        _check_source(name)
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": Path(name).is_dir()}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        except OSError as error:
-            raise ValueError(
-                f"`path`: no model and tokenizer could be loaded from {name!r}. Give a folder that holds both, or an id of the hub that "
-                f"can be reached from here. ({error})"
-            ) from error
-        if lora is not None:
-            from peft import get_peft_model  # an extra: needed only here
-
-            model = get_peft_model(model, lora)
+        model, tokenizer = load_model(path, dtype, trust_remote_code, lora)
         return cls(model, tokenizer, device=device, **settings)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model and tokenizer as transformers reads them (a LoRA policy: the adapter alone); weights as safetensors only."""
+        """Writes model and tokenizer as transformers reads them, weights as safetensors only.
+
+        Of a LoRA policy the adapter alone is written, with the name of the model that it belongs to; so that model must have come from a
+        folder or the hub. `policy.model.merge_and_unload().save_pretrained(folder)` writes a whole model instead.
+        """
+        if self.is_adapter and not self.backbone.config.name_or_path:
+            raise ValueError(
+                "A LoRA policy is saved as its adapter, but the model under it was made in memory and has no name to find it by. Save that "
+                "model first and load it with `from_pretrained`, or save `policy.model.merge_and_unload()`."
+            )
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -208,8 +204,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         """Completes prompts.
 
         Args:
-            prompts: texts, message lists (through the chat template), id lists, an observation of the environment, or a pair
-                (left-padded ids (B, P), lengths (B,)).
+            prompts: texts and message lists (tokenised as the environment does), id lists, an observation of the environment, or a
+                pair (left-padded ids (B, P), lengths (B,)).
             max_new_tokens: a completion ends there, or at EOS.
             temperature: this call's own; 0 takes the most probable token each time. None: the policy's.
             num_generations: completions per prompt; rows are prompt-major.
@@ -285,33 +281,12 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         return PolicyMask(self.backbone, sampling)
 
     def decode_texts(self, ids: list[list[int]]) -> list[str]:
-        """Decodes id lists, without special tokens and without tidying up spaces."""
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return texts
+        """Decodes id lists without special tokens, as the environment does."""
+        return decode_ids(self.tokenizer, ids)
 
     def encode_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Turns every form of prompts that `generate` takes into left-padded ids (B, P) and lengths (B,)."""
-        if isinstance(prompts, Mapping):
-            mask = np.atleast_2d(np.asarray(prompts["attention_mask"])) != 0
-            ids = np.atleast_2d(np.asarray(prompts["input_ids"]))
-            return pad_left([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], self.fill_token_id, self.device)
-        if isinstance(prompts, tuple):
-            ids, lengths = prompts
-            return torch.as_tensor(ids, device=self.device), torch.as_tensor(lengths, device=self.device)
-        if isinstance(prompts, str):
-            raise ValueError(f"`prompts` must be a list of prompts, got one string: write [{prompts[:20]!r}].")
-        rows = [self._prompt_ids(prompt) for prompt in prompts]
-        empty = [index for index, row in enumerate(rows) if not row]
-        if not rows or empty:
-            raise ValueError(f"`prompts` must hold at least one prompt, each of at least one token; empty: {empty if rows else 'all'}.")
-        return pad_left(rows, self.fill_token_id, self.device)
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
-        return [int(token) for token in prompt]
+        """Turns every form of prompts that `generate` takes into left-padded ids (B, P) and lengths (B,), on the policy's device."""
+        return encode(prompts, self.tokenizer, self.fill_token_id, self.device)
 
     # --- scoring, torch
 
@@ -393,24 +368,6 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 tokens = draw(logits, uniforms)[0]
         actions = tokens.cpu().numpy()
         return (actions[0] if single else actions), acting
-
-
-def _eos_ids(tokenizer: Any, eos_token_ids: Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
-    if eos_token_ids is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("`tokenizer` has no EOS token: give `eos_token_ids`, or set `tokenizer.eos_token`.")
-        eos_token_ids = (tokenizer.eos_token_id,)
-    ids = tuple(int(token) for token in eos_token_ids)
-    if not ids or not all(0 <= token < vocab_size for token in ids):
-        raise ValueError(f"`eos_token_ids` must be ids below the vocabulary size {vocab_size}, at least one, got {ids}.")
-    return ids
-
-
-def _check_source(name: str) -> None:
-    """A path that does not exist should say so, not ask a hub for a repository of that name."""
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.sep * 2 in name
-    if looks_like_path and not Path(name).is_dir():
-        raise ValueError(f"`path`: there is no folder {name!r}. Give a folder that `save_pretrained` wrote, or an id of the hub.")
 
 
 def _check_counts(**counts: int) -> None:

@@ -3,7 +3,7 @@
 Row for row and token for token the numbers that come out are those of `textgym.agents.common.scoring` on the same ids.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -140,6 +140,7 @@ class _DecodeLoop:
         rows, steps = prompt_ids.shape[0] * options.num_generations, options.max_new_tokens
         self._options = options
         self._to_texts = to_texts
+        self._vocab_size = backbone.vocab_size
         self._prompts = (prompt_ids, prompt_lengths)
         self._uniforms = torch.rand((steps, rows), generator=generator, device=generator.device, dtype=torch.float64).to(device)
         self._decoder = CachedDecoder(backbone, prompt_ids, prompt_lengths, steps, options.num_generations)
@@ -180,6 +181,8 @@ class _DecodeLoop:
         """Collects the outcome, prompt-major."""
         if bool(self._no_choice):
             raise ValueError("`action_mask` (with `min_new_tokens` and EOS taken out) left a row without any legal token.")
+        if not bool(self._log_probs.isfinite().all()):
+            raise ValueError("`model` gave logits that are not finite (NaN or infinite): its weights are broken, or training diverged.")
         repeats = self._options.num_generations
         prompt_ids, prompt_lengths = self._prompts
         return Generation(
@@ -200,6 +203,12 @@ class _DecodeLoop:
         repeats = self._options.num_generations
         if not isinstance(mask, Tensor):
             return mask.start(*self._prompts, self._options.max_new_tokens, repeats)
+        prompts = self._prompts[0].shape[0]
+        if mask.shape not in ((self._vocab_size,), (prompts, self._vocab_size)):
+            raise ValueError(
+                f"`action_mask` must have the shape (V,) = ({self._vocab_size},) or (prompts, V) = ({prompts}, {self._vocab_size}), "
+                f"got {tuple(mask.shape)}; for masks that change from step to step give an `ActionMasker`."
+            )
         mask = mask.to(device=self._uniforms.device, dtype=torch.bool)
         return mask.expand(rows, -1) if mask.ndim == 1 else mask.repeat_interleave(repeats, 0)
 
@@ -305,11 +314,3 @@ class _FinishWatch:
     def should_drop(self, finished: Tensor) -> bool:
         """Whether at most half of the rows still run, as far as the host knows without waiting."""
         return self._on_host and finished.shape[0] > self._SMALLEST_BATCH and 2 * self._running <= finished.shape[0]
-
-
-def pad_left(rows: Sequence[Sequence[int]], fill_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stacks id lists into left-padded (B, P) int64 and their lengths (B,) int64."""
-    width = max(len(row) for row in rows)
-    padded = [[fill_token_id] * (width - len(row)) + list(row) for row in rows]
-    lengths = [len(row) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=device), torch.tensor(lengths, dtype=torch.int64, device=device)

@@ -8,10 +8,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from textgym.agents.common.acting import ActingState, align_left, last_features
+from textgym.agents.common.acting import ActingState
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.sampling import Sampling, kept_tokens, scale_logits, token_log_probs
-from textgym.agents.common.scoring import Rows, full_kl, lay_out, paired_log_probs, score_completions, spread
+from textgym.agents.common.scoring import (
+    Rows,
+    divergence,
+    full_kl,
+    lay_out,
+    paired_distributions,
+    paired_log_probs,
+    score_completions,
+    spread,
+)
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -49,10 +58,8 @@ class NumpyProtocol:
     @torch.no_grad()
     def paired_log_probs(self, reference: Any, observations: Observation, actions: Array) -> tuple[FloatArray, FloatArray]:
         """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
-        other = self._other(reference)
-        pair = _last_pair(self.backbone, other, observations)
-        first, second = paired_log_probs(self.backbone, pair[0], other, pair[1], self._ids(actions), self.sampling)
-        return _numpy(first), _numpy(second)
+        first, second = paired_distributions(*self._observe_both(reference, observations), self.sampling, self._ids(actions))
+        return _numpy(token_log_probs(first, self._ids(actions))), _numpy(token_log_probs(second, self._ids(actions)))
 
     @torch.no_grad()
     def paired_sequence_log_probs(
@@ -66,11 +73,20 @@ class NumpyProtocol:
         return _numpy(spread(first, layout.mask)), _numpy(spread(second, layout.mask))
 
     @torch.no_grad()
+    def reference_sequence_log_probs(
+        self, reference: Any, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array
+    ) -> FloatArray:
+        """The second half of `paired_sequence_log_probs`, for callers that know the first; runs this policy only if it truncates."""
+        if self.sampling.truncates:
+            return self.paired_sequence_log_probs(reference, prompt_ids, prompt_lengths, actions, lengths)[1]
+        layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
+        return _numpy(score_completions(self._other(reference), layout, self.sampling).log_probs)
+
+    @torch.no_grad()
     def full_kl(self, reference: Any, observations: Observation) -> FloatArray:
         """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
-        other = self._other(reference)
-        pair = _last_pair(self.backbone, other, observations)
-        return _numpy(full_kl(self.backbone, pair[0], other, pair[1], self.sampling))
+        first, second = paired_distributions(*self._observe_both(reference, observations), self.sampling)
+        return _numpy(divergence(first, second))
 
     @torch.no_grad()
     def sequence_full_kl(self, reference: Any, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array) -> FloatArray:
@@ -79,6 +95,12 @@ class NumpyProtocol:
         layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
         pair = _sequence_pair(self.backbone, other, layout)
         return _numpy(spread(full_kl(self.backbone, pair[0], other, pair[1], self.sampling), layout.mask))
+
+    def _observe_both(self, reference: Any, observations: Observation) -> tuple[Tensor, Tensor]:
+        """Logits of both models at the observations, each through its own cache."""
+        other = self._other(reference)
+        acting: ActingState = reference._acting
+        return self._acting.observe(self.backbone, observations), acting.observe(other, observations)
 
     def _ids(self, array: Array | Tensor) -> Tensor:
         return torch.as_tensor(array, dtype=torch.int64, device=self.backbone.device)
@@ -97,13 +119,6 @@ class NumpyProtocol:
                 "log-probs of the two can only be compared under one tokenizer."
             )
         return other
-
-
-def _last_pair(first: Backbone, second: Backbone, observation: Observation) -> tuple[Tensor, Tensor]:
-    first.without_dropout()
-    second.without_dropout()
-    ids, lengths = align_left(observation)
-    return last_features(first, ids, lengths), last_features(second, ids, lengths)
 
 
 def _sequence_pair(first: Backbone, second: Backbone, layout: Rows) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
     # u * total can round up to the total itself; the last token of positive probability is then the right one.
     last = torch.searchsorted(cumulative, total)
-    tokens = torch.minimum(tokens, last)
+    # Not a number in, an index past the end out; the log-prob says so, which an index error on an accelerator would not.
+    tokens = torch.minimum(tokens, last).clamp_(max=logits.shape[-1] - 1)
     log_probs = logits.gather(-1, tokens) - top - total.log().float()
     return tokens.squeeze(-1), log_probs.squeeze(-1)
 

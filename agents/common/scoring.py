@@ -146,7 +146,7 @@ def paired_log_probs(
     """
 
     def statistics(features: Tensor, other_features: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits, other_logits = _paired_logits(backbone, features, other, other_features, targets, sampling)
+        logits, other_logits = paired_distributions(backbone.logits(features), other.logits(other_features), sampling, targets)
         return token_log_probs(logits, targets), token_log_probs(other_logits, targets)
 
     first, second = _in_chunks(statistics, backbone.vocab_size, features, other_features, targets)
@@ -157,9 +157,7 @@ def full_kl(backbone: Backbone, features: Tensor, other: Backbone, other_feature
     """Returns KL(first ‖ other) over the whole vocabulary at each of N states, in nats, (N,) float32; see `paired_log_probs`."""
 
     def statistics(features: Tensor, other_features: Tensor) -> tuple[Tensor, ...]:
-        logits, other_logits = _paired_logits(backbone, features, other, other_features, None, sampling)
-        log_ratio = logits.log_softmax(-1) - other_logits.log_softmax(-1)
-        return ((logits.softmax(-1) * log_ratio.masked_fill(logits == -torch.inf, 0.0)).sum(-1),)
+        return (divergence(*paired_distributions(backbone.logits(features), other.logits(other_features), sampling)),)
 
     return _in_chunks(statistics, backbone.vocab_size, features, other_features)[0]
 
@@ -177,17 +175,21 @@ def _sampling_logits(
     return logits.masked_fill(~mask, -torch.inf), mask
 
 
-def _paired_logits(
-    backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, targets: Tensor | None, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
-    logits = scale_logits(backbone.logits(features), sampling.temperature)
-    other_logits = scale_logits(other.logits(other_features), sampling.temperature)
+def paired_distributions(logits: Tensor, other_logits: Tensor, sampling: Sampling, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Brings the logits (N, V) of two models to one temperature and one kept set: the first one's, and `targets` (N,) if given."""
+    logits, other_logits = scale_logits(logits, sampling.temperature), scale_logits(other_logits, sampling.temperature)
     mask = kept_tokens(logits, sampling)
     if mask is None:
         return logits, other_logits
     if targets is not None:
         mask = mask.scatter(-1, targets.unsqueeze(-1), True)
     return logits.masked_fill(~mask, -torch.inf), other_logits.masked_fill(~mask, -torch.inf)
+
+
+def divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Returns KL(softmax(logits) ‖ softmax(other_logits)) in nats, (...), float32 from (..., V); -inf at the same places in both."""
+    log_ratio = logits.log_softmax(-1) - other_logits.log_softmax(-1)
+    return (logits.softmax(-1) * log_ratio.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:

@@ -95,8 +95,8 @@ class ValueModel(nn.Module):
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             found = "no linear `score` layer" if not isinstance(score, nn.Linear) else f"{score.out_features} labels"
             raise ValueError(
-                f"`model` must be a decoder with a linear `score` layer of one label to start a critic from, got {type(classifier).__name__} "
-                f"with {found}. Train the reward model with num_labels=1."
+                "`model` must be a decoder with a linear `score` layer of one label to start a critic from, "
+                f"got {type(classifier).__name__} with {found}. Train the reward model with num_labels=1."
             )
         head = ValueHead(score.in_features)
         with torch.no_grad():
