@@ -38,12 +38,16 @@ def put(infos: Info, key: str, values: npt.NDArray[Any], rows: BoolArray) -> Non
 
 
 def batched_infos(rows: Sequence[Mapping[str, Any]]) -> Info:
-    """Returns the infos of all rows as a vector environment's: arrays of Python numbers, else arrays of objects, with `_key` masks."""
+    """Returns the infos of all rows as a vector environment's.
+
+    Numbers of one type become an array of them, dicts are nested, all else (and `final_obs`, as in Gymnasium) is an array of objects;
+    `_key` says which rows have a key.
+    """
     result: Info = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         present = np.array([key in row for row in rows])
         values = [row.get(key) for row in rows]
-        if all(isinstance(value, dict) for value, there in zip(values, present, strict=True) if there):
+        if key != "final_obs" and all(isinstance(value, dict) for value, there in zip(values, present, strict=True) if there):
             result[key] = batched_infos([value if there else {} for value, there in zip(values, present, strict=True)])
         else:
             result[key] = _column(values, present)
