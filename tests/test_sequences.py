@@ -41,7 +41,7 @@ def sync(arguments: Any) -> Any:
     return made
 
 
-# --- What is refused -----------------------------------------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_other_things_than_vector_environments(arguments: Any) -> None:
         textgym.step_sequence(cartpole, TWOS, np.full(N, 1))
 
 
-# --- One pass or not ---------------------------------------------------------------------------------------------------------------------
+# --- One pass or not ------------------------------------------------------------------------------------------------------------
 
 
 class Passing(VectorWrapper):
@@ -165,19 +165,16 @@ def test_a_patched_step_is_honoured(envs: Any) -> None:
 def test_calling_a_wrappers_method_directly_is_the_same(envs: Any, sync: Any, tabular_policy: Any) -> None:
     results = []
     for base in (envs, sync):
-        for function in (
-            lambda shaped: shaped.step_sequence(TWOS, np.full(N, 3)),
-            lambda shaped: step_sequence(shaped, TWOS, np.full(N, 3)),
-        ):
+        for function in (KLShaping.step_sequence, step_sequence):
             shaped = KLShaping(base, tabular_policy(1, V), tabular_policy(2, V))
             shaped.reset(seed=0)
-            results.append(function(shaped))
+            results.append(function(shaped, TWOS, np.full(N, 3)))
     for result in results[1:]:
         np.testing.assert_allclose(result.rewards, results[0].rewards, rtol=1e-5)
         assert [info["log_ratio"] for info in result.infos] == pytest.approx([info["log_ratio"] for info in results[0].infos])
 
 
-# --- Acting inside a walk -----------------------------------------------------------------------------------------------------------------
+# --- Acting inside a walk -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -240,7 +237,7 @@ def test_an_error_inside_a_walk_leaves_nothing_behind(kind: str, envs: Any, sync
     assert (one.fresh if kind == "native" else np.array(one.get_attr("fresh"))).all(), "autoreset does not work any more"
 
 
-# --- Other people's vector environments ------------------------------------------------------------------------------------------------------
+# --- Other people's vector environments -----------------------------------------------------------------------------------------
 
 
 class Counter(VectorEnv):

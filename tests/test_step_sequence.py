@@ -43,7 +43,7 @@ def each(completion_ids: list[list[int]], **columns: Any) -> list[list[float]]:
 ARGUMENTS = {"prompts": ["w2 w3 w4", "w5", "w6 w7"], "tokenizer": words(), "reward": [whole, each], "max_new_tokens": T}
 
 
-# --- Users' wrappers, batched ------------------------------------------------------------------------------------------------------
+# --- Users' wrappers, batched ---------------------------------------------------------------------------------------------------
 
 
 class Scaled(VectorRewardWrapper):
@@ -91,7 +91,7 @@ class Stop(VectorWrapper):
         return observations, np.where(early, -2.0, rewards), terminated | early, truncated, infos
 
 
-# --- Users' wrappers, single -------------------------------------------------------------------------------------------------------
+# --- Users' wrappers, single ----------------------------------------------------------------------------------------------------
 
 
 class Doubled(gym.RewardWrapper):
@@ -134,7 +134,7 @@ class Probe(gym.Wrapper):
         return self.env.reset(**kwargs)
 
 
-# --- Making stacks -----------------------------------------------------------------------------------------------------------------
+# --- Making stacks --------------------------------------------------------------------------------------------------------------
 
 Layers = list[Callable[[Any], Any]]
 
@@ -246,7 +246,7 @@ def compare(make_envs: Callable[[], Any], rounds: int = 6, seed: int = 0) -> Non
         looped.close()
 
 
-# --- The comparisons ---------------------------------------------------------------------------------------------------------------
+# --- The comparisons ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_users_wrappers_under_async(kind: str, mode: AutoresetMode, shaped: Any)
         looped.close()
 
 
-# --- What finished rows must not be seen by ----------------------------------------------------------------------------------------
+# --- What finished rows must not be seen by -------------------------------------------------------------------------------------
 
 
 class CountingReward:

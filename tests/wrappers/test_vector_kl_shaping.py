@@ -148,14 +148,13 @@ def test_log_probs_that_are_known_are_taken(make_env: Any, make_envs: Any, seque
         def reference_sequence_log_probs(self, reference: Any, *sequences: Any) -> Any:
             return self._tempered(reference).sequence_log_probs(*sequences)
 
+    policy, reference = Policy(1), sequence_policy(2)
     results = []
-    for layers in (
-        lambda: VectorKLShaping(make_envs(), Policy(1), sequence_policy(2)),
-        lambda: gym.wrappers.vector.RecordEpisodeStatistics(VectorKLShaping(make_envs(), Policy(1), sequence_policy(2))),
-        lambda: SyncVectorEnv([lambda: gym.wrappers.TimeLimit(KLShaping(make_env(), policy, reference), 9)] * N),
+    for envs in (
+        VectorKLShaping(make_envs(), policy, reference),
+        gym.wrappers.vector.RecordEpisodeStatistics(VectorKLShaping(make_envs(), policy, reference)),
+        SyncVectorEnv([lambda: gym.wrappers.TimeLimit(KLShaping(make_env(), policy, reference), 9)] * N),
     ):
-        policy, reference = Policy(1), sequence_policy(2)
-        envs = layers()
         envs.reset(seed=0)
         results.append(textgym.step_sequence(envs, actions, lengths, known).rewards)
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
