@@ -1,4 +1,4 @@
-"""Tokenizers: loading one without torch, its end-of-sequence ids, and decoding many completions at once.
+"""Tokenizers: loading one without torch, its end-of-sequence ids, and decoding completions fast.
 
 Any transformers tokenizer serves. Nothing here imports transformers before a tokenizer is loaded from a path.
 """
@@ -103,14 +103,12 @@ def filler_token_id(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequenc
 
 def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[int]]) -> list[str]:
     """Returns the text of each id sequence without special tokens: what `tokenizer.decode` gives, for a whole batch at once."""
-    if not sequences:
-        return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.clean_up_tokenization_spaces or _decodes_its_own_way(tokenizer):
         texts: list[str] = tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return texts
-    decoded: list[str] = backend.decode_batch(sequences, skip_special_tokens=True)
-    return decoded
+    # One by one: `decode_batch` hands each text to a pool of threads, which takes longer than decoding it, and which a fork would lose.
+    return [backend.decode(ids, skip_special_tokens=True) for ids in sequences]
 
 
 def _decodes_its_own_way(tokenizer: "PreTrainedTokenizerBase") -> bool:
