@@ -135,7 +135,7 @@ def test_tests_are_no_package() -> None:
 
 
 # Modules below the agents that need torch as they are imported; nothing that `import textgym` loads may import them.
-TORCH_MODULES = {"textgym.vec_env_adapter", "textgym.exact.gradients", "textgym.exact.models"}
+TORCH_MODULES = {"textgym.vec_env_adapter", "textgym.exact.certification", "textgym.exact.gradients", "textgym.exact.models"}
 
 
 @pytest.mark.parametrize("module", sorted(name for name in FILES if not name.startswith("textgym.agents") and layer(name) < 4))

@@ -93,8 +93,10 @@ def make_setup(
     envs = gym.make_vec(
         "textgym:TextGen-v0", num_envs=num_envs, prompts=tree.prompt_texts, tokenizer=tokenizer, reward=reward, max_new_tokens=tree.horizon
     )
-    model = tiny_lm(tree, seed=seed + 1000 if displaced else seed)
-    return Setup(tree, envs, model.to(device), tiny_lm(tree, seed=seed).to(device), tokenizer, reward, beta, seed)
+    model, reference = tiny_lm(tree, seed=seed + 1000 if displaced else seed), tiny_lm(tree, seed=seed)
+    for network in (model, reference):
+        torch.nn.Module.to(network, device)
+    return Setup(tree, envs, model, reference, tokenizer, reward, beta, seed)
 
 
 class FixedPoint(NamedTuple):
