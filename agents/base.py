@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from textgym.agents.common import checkpoint
 from textgym.agents.common.batches import RolloutBatch
-from textgym.agents.common.checks import check_count, check_number
+from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import Critic, CriticSpec
 from textgym.agents.common.environments import as_vector_env, attribute
-from textgym.agents.common.evaluation import Evaluation
 from textgym.agents.common.masking import masked_whiten
+from textgym.agents.common.options import AgentOptions, with_defaults
 from textgym.agents.common.progress import ProgressCallback
 from textgym.agents.common.prompt_order import PromptOrder
+from textgym.agents.common.rollout_logs import record_rollout
 from textgym.agents.common.rollouts import RolloutCollector, RolloutInterrupted, StepReport
 from textgym.agents.common.shaping import ensure_kl_shaping, move_adaptive_beta, set_schedule_progress
 from textgym.agents.policy import CausalLMPolicy
@@ -42,64 +43,6 @@ from textgym.vec_env_adapter import as_sb3_vec_env
 
 Beta = float | Schedule | AdaptiveKLController
 MicroBatchLoss = Callable[[RolloutBatch, Tensor, int, int], Tensor]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-class AgentOptions(TypedDict, total=False):
-    """Options that every on-policy agent takes by keyword, with their defaults.
-
-    Attributes:
-        rollout_size: completions per iteration; a multiple of the number of environments (default: that number).
-        num_generations: completions per prompt, neighbours in a batch (default 1).
-        micro_batch_size: completions per forward and backward pass; smaller needs less memory and changes no gradient
-            (default: the whole minibatch).
-        max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
-        optimizer: a function from parameters to an optimiser (default Adam with eps 1e-5, detail 18 of Huang et al. 2023).
-        missing_eos_penalty: subtracted from the reward of a completion that does not end in EOS (default 0: J is unchanged).
-        whiten_rewards: scale the rewards of a rollout to variance 1, the mean kept (default False: J is unchanged).
-        evaluation: an `Evaluation` on held-out prompts (default None).
-        tensorboard_log: folder of TensorBoard logs (default None).
-        verbose: 1 prints the log table of each iteration (default 0).
-        device: where the policy is trained; "auto" leaves it where it is (default "auto").
-        seed: of sampling, prompt order and minibatches (default: fresh entropy).
-        stats_window_size: episodes in the rolling means `rollout/ep_rew_mean` and `rollout/ep_len_mean` (default 100).
-    """
-
-    rollout_size: int | None
-    num_generations: int
-    micro_batch_size: int | None
-    max_grad_norm: float | None
-    optimizer: OptimizerFactory
-    missing_eos_penalty: float
-    whiten_rewards: bool
-    evaluation: Evaluation | None
-    tensorboard_log: str | None
-    verbose: int
-    device: torch.device | str
-    seed: int | None
-    stats_window_size: int
-
-
-def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The default optimiser: Adam with eps 1e-5; its learning rate is set before every update."""
-    return torch.optim.Adam(parameters, lr=0.0, eps=1e-5)
-
-
-DEFAULTS: AgentOptions = {
-    "rollout_size": None,
-    "num_generations": 1,
-    "micro_batch_size": None,
-    "max_grad_norm": 1.0,
-    "optimizer": adam,
-    "missing_eos_penalty": 0.0,
-    "whiten_rewards": False,
-    "evaluation": None,
-    "tensorboard_log": None,
-    "verbose": 0,
-    "device": "auto",
-    "seed": None,
-    "stats_window_size": 100,
-}
 
 
 class OnPolicyAgent(BaseAlgorithm):
@@ -137,7 +80,7 @@ class OnPolicyAgent(BaseAlgorithm):
         critic: CriticSpec | None = None,
         **options: Unpack[AgentOptions],
     ) -> None:
-        settings = _with_defaults(options)
+        settings = with_defaults(options)
         check_number("gamma", gamma, 0, 1)
         if not callable(learning_rate):
             check_number("learning_rate", learning_rate, 0)
@@ -147,8 +90,7 @@ class OnPolicyAgent(BaseAlgorithm):
             )
         if settings["device"] != "auto":
             policy.to(settings["device"])
-        if settings["seed"] is None:
-            settings["seed"] = int(np.random.SeedSequence().generate_state(1)[0])
+        seed = int(np.random.SeedSequence().generate_state(1)[0]) if settings["seed"] is None else settings["seed"]
         super().__init__(
             policy=type(policy),  # type: ignore[arg-type]
             env=None,
@@ -158,10 +100,10 @@ class OnPolicyAgent(BaseAlgorithm):
             verbose=settings["verbose"],
             device=policy.device,
             support_multi_env=True,
-            seed=settings["seed"],
+            seed=seed,
         )
         self.policy = policy
-        self.critic = None if critic is None else Critic.build(policy, critic, settings["seed"])
+        self.critic = None if critic is None else Critic.build(policy, critic, seed)
         self.beta, self.gamma = beta, gamma
         self.num_generations = settings["num_generations"]
         self.rollout_size = settings["rollout_size"]
@@ -270,7 +212,9 @@ class OnPolicyAgent(BaseAlgorithm):
                 break
             iteration += 1
             self._update_current_progress_remaining(min(self.num_timesteps, total_timesteps), total_timesteps)
-            self._record_rollout(rollout)
+            assert self.ep_info_buffer is not None  # `_setup_learn` made it
+            self.ep_info_buffer.extend(record_rollout(self.logger, rollout))
+            self.logger.record("rollout/beta", self.kl_shaping[0].beta)
             self._update_learning_rate(self.optimizer)
             self.train(rollout)
             move_adaptive_beta(self.kl_shaping, rollout.kl_per_sequence)
@@ -352,31 +296,6 @@ class OnPolicyAgent(BaseAlgorithm):
 
     # -- logs -------------------------------------------------------------------------------------------------------
 
-    def _record_rollout(self, rollout: RolloutBatch) -> None:
-        """Logs what the rollout was like; README and docs/logs.md define every key."""
-        assert self.ep_info_buffer is not None
-        for reward, length in zip(rollout.unshaped_returns.tolist(), rollout.lengths.tolist(), strict=True):
-            self.ep_info_buffer.append({"r": reward, "l": length, "t": time.time()})
-        kl, lengths = rollout.kl_per_sequence, rollout.lengths.float()
-        measured = ~kl.isnan()
-        eos = float(np.mean([info.get("finish_reason") == "eos" for info in rollout.infos]))
-        self.logger.record("rollout/reward_mean", float(rollout.unshaped_returns.mean()))
-        self.logger.record("rollout/reward_std", float(rollout.unshaped_returns.std(correction=0)))
-        self.logger.record("rollout/shaped_reward_mean", float(rollout.returns.mean()))
-        if measured.any():
-            self.logger.record("rollout/kl_per_sequence", float(kl[measured].mean()))
-            self.logger.record("rollout/kl_per_token", float(kl[measured].sum() / lengths[measured].sum()))
-        self.logger.record("rollout/length_mean", float(lengths.mean()))
-        self.logger.record("rollout/eos_fraction", eos)
-        if self.kl_shaping:
-            self.logger.record("rollout/beta", self.kl_shaping[0].beta)
-        parts: dict[str, list[float]] = {}
-        for info in rollout.infos:
-            for name, value in info.get("rewards", {}).items():
-                parts.setdefault(name, []).append(float(value))
-        for name, values in parts.items():
-            self.logger.record(f"rewards/{name}/mean", float(np.nanmean(values)) if not np.isnan(values).all() else float("nan"))
-
     def dump_logs(self, iteration: int = 0) -> None:
         """Writes the collected numbers as one row of the log, with the token count as its step."""
         assert self.ep_info_buffer is not None
@@ -448,18 +367,3 @@ class OnPolicyAgent(BaseAlgorithm):
             ValueError: `env` is missing, or the folder holds no checkpoint of this class.
         """
         return checkpoint.load_agent(cls, Path(path), env, device, changes)
-
-
-def _with_defaults(options: AgentOptions) -> AgentOptions:
-    """Fills in the defaults and refuses what is not an option or out of range."""
-    unknown = set(options) - set(DEFAULTS)
-    if unknown:
-        raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {sorted(DEFAULTS)}.")
-    settings: AgentOptions = {**DEFAULTS, **options}
-    for name in ("rollout_size", "num_generations", "micro_batch_size"):
-        if settings[name] is not None:  # type: ignore[literal-required]
-            check_count(name, settings[name], "completions")  # type: ignore[literal-required]
-    if settings["max_grad_norm"] is not None:
-        check_number("max_grad_norm", settings["max_grad_norm"], 0, above=True)
-    check_number("missing_eos_penalty", settings["missing_eos_penalty"])
-    return settings

@@ -10,13 +10,14 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.base import AgentOptions, Beta, OnPolicyAgent
+from textgym.agents.base import Beta, OnPolicyAgent
 from textgym.agents.common.advantages import generalized_advantages
 from textgym.agents.common.batches import RolloutBatch, minibatches
 from textgym.agents.common.checks import check_choice, check_count, check_number
 from textgym.agents.common.critic import CriticSpec, explained_variance
 from textgym.agents.common.losses import clipped_surrogate_loss, entropy_bonus, ratio_diagnostics, value_loss
 from textgym.agents.common.masking import Reduction, masked_mean, masked_whiten
+from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.rollout_scores import RolloutScores, score_in_parts, score_rollout
 from textgym.agents.common.schedules import as_schedule
 from textgym.agents.policy import CausalLMPolicy

@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.base import AgentOptions, Beta, OnPolicyAgent
+from textgym.agents.base import Beta, OnPolicyAgent
 from textgym.agents.common.advantages import importance_weighted_returns, leave_one_out_baseline, moving_average, rewards_to_go
 from textgym.agents.common.batches import RolloutBatch, minibatches
 from textgym.agents.common.checks import check_choice, check_count, check_number
@@ -18,6 +18,7 @@ from textgym.agents.common.critic import CriticSpec, explained_variance
 from textgym.agents.common.importance import cumulative_ratios, restate_kl_rewards, token_ratios, truncated_cumulative_ratios
 from textgym.agents.common.losses import entropy_bonus, reinforce_loss, value_loss
 from textgym.agents.common.masking import masked_mean
+from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.rollout_scores import score_in_parts, score_rollout
 from textgym.agents.policy import CausalLMPolicy
 
@@ -214,6 +215,10 @@ class REINFORCE(OnPolicyAgent):
             assert values is not None
             return values
         group = rollout.num_generations if self.baseline == "leave_one_out" else len(rollout)
+        if group < 2:
+            raise ValueError(
+                f"`rollout_size` must be at least 2 for the baseline {self.baseline!r}, which averages the other completions, got {group}."
+            )
         if self.reward_to_go:
             return leave_one_out_baseline(returns, group, rollout.lengths)
         return leave_one_out_baseline(returns[:, 0], group)[:, None].expand_as(returns)

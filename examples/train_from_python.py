@@ -13,7 +13,7 @@ TIMESTEPS = 40_000  # tokens
 def main(timesteps: int = TIMESTEPS) -> None:
     policy = CausalLMPolicy.from_pretrained(bundled_model_path())
     envs = gym.make_vec("TextGen-v0", num_envs=64)
-    held_out = gym.make_vec("TextGen-v0", num_envs=50, prompts=bundled_prompts("heldout"))
+    held_out = gym.make_vec("TextGen-v0", num_envs=50, prompts=bundled_prompts("eval"))
     agent = PPO(
         policy,
         envs,

@@ -50,14 +50,14 @@ def attribute(envs: VectorEnv, name: str, default: Any = None) -> Any:
 
 def reset_to_prompts(envs: VectorEnv, prompt_indices: IntArray | None, seed: int | None = None) -> Observation:
     """Resets every row, row i to prompt `prompt_indices[i]`; with None the environment draws them itself."""
-    if prompt_indices is None:
-        observations, _ = envs.reset(seed=seed)
-        return observations
     base = envs.unwrapped
-    if isinstance(base, SyncVectorEnv | AsyncVectorEnv | GymnasiumVectorEnv):
+    if prompt_indices is None:
+        pass
+    elif isinstance(base, SyncVectorEnv | AsyncVectorEnv | GymnasiumVectorEnv):
         base.set_attr("next_prompt_index", [int(i) for i in prompt_indices])
     else:
         base.next_prompt_index = np.asarray(prompt_indices, dtype=np.int64)  # type: ignore[attr-defined]
+    observations: Observation
     observations, _ = envs.reset(seed=seed)
     return observations
 

@@ -51,7 +51,9 @@ def score_rollout(
     values = None
     if critic is not None:
         values = (
-            critic.from_hidden(scores.hidden) if hidden else critic.network(batch.prompt_ids, batch.prompt_lengths, completion_ids, lengths)
+            critic.from_hidden(scores.hidden)
+            if scores.hidden is not None
+            else critic.network(batch.prompt_ids, batch.prompt_lengths, completion_ids, lengths)
         )
     return RolloutScores(
         log_probs=_masked(scores.log_probs[:, :width], mask),
@@ -81,7 +83,9 @@ def _score_steps(
     scores = policy.score(prompt_ids, prompt_lengths, tokens, ones, entropy=entropy, hidden=hidden)
     values = None
     if critic is not None:
-        values = critic.from_hidden(scores.hidden) if hidden else critic.network(prompt_ids, prompt_lengths, tokens, ones)
+        values = (
+            critic.from_hidden(scores.hidden) if scores.hidden is not None else critic.network(prompt_ids, prompt_lengths, tokens, ones)
+        )
 
     def table(flat: Tensor) -> Tensor:
         """(N, 1) -> (B, T + 1)."""

@@ -1,0 +1,84 @@
+"""The options that every on-policy agent takes by keyword, and their defaults."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias, TypedDict
+
+import torch
+from torch import nn
+
+from textgym.agents.common.checks import check_count, check_number
+from textgym.agents.common.evaluation import Evaluation
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class AgentOptions(TypedDict, total=False):
+    """Options that every on-policy agent takes by keyword, with their defaults.
+
+    Attributes:
+        rollout_size: completions per iteration; a multiple of the number of environments (default: that number).
+        num_generations: completions per prompt, neighbours in a batch (default 1).
+        micro_batch_size: completions per forward and backward pass; smaller needs less memory and changes no gradient
+            (default: the whole minibatch).
+        max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
+        optimizer: a function from parameters to an optimiser (default Adam with eps 1e-5, detail 18 of Huang et al. 2023).
+        missing_eos_penalty: subtracted from the reward of a completion that does not end in EOS (default 0: J is unchanged).
+        whiten_rewards: scale the rewards of a rollout to variance 1, the mean kept (default False: J is unchanged).
+        evaluation: an `Evaluation` on held-out prompts (default None).
+        tensorboard_log: folder of TensorBoard logs (default None).
+        verbose: 1 prints the log table of each iteration (default 0).
+        device: where the policy is trained; "auto" leaves it where it is (default "auto").
+        seed: of sampling, prompt order and minibatches (default: fresh entropy).
+        stats_window_size: episodes in the rolling means `rollout/ep_rew_mean` and `rollout/ep_len_mean` (default 100).
+    """
+
+    rollout_size: int | None
+    num_generations: int
+    micro_batch_size: int | None
+    max_grad_norm: float | None
+    optimizer: OptimizerFactory
+    missing_eos_penalty: float
+    whiten_rewards: bool
+    evaluation: Evaluation | None
+    tensorboard_log: str | None
+    verbose: int
+    device: torch.device | str
+    seed: int | None
+    stats_window_size: int
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The default optimiser: Adam with eps 1e-5; its learning rate is set before every update."""
+    return torch.optim.Adam(parameters, lr=0.0, eps=1e-5)
+
+
+DEFAULTS: AgentOptions = {
+    "rollout_size": None,
+    "num_generations": 1,
+    "micro_batch_size": None,
+    "max_grad_norm": 1.0,
+    "optimizer": adam,
+    "missing_eos_penalty": 0.0,
+    "whiten_rewards": False,
+    "evaluation": None,
+    "tensorboard_log": None,
+    "verbose": 0,
+    "device": "auto",
+    "seed": None,
+    "stats_window_size": 100,
+}
+
+
+def with_defaults(options: AgentOptions) -> AgentOptions:
+    """Fills in the defaults and refuses what is not an option or out of range."""
+    unknown = set(options) - set(DEFAULTS)
+    if unknown:
+        raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {sorted(DEFAULTS)}.")
+    settings: AgentOptions = {**DEFAULTS, **options}
+    for name in ("rollout_size", "num_generations", "micro_batch_size"):
+        if settings[name] is not None:
+            check_count(name, settings[name], "completions")
+    if settings["max_grad_norm"] is not None:
+        check_number("max_grad_norm", settings["max_grad_norm"], 0, above=True)
+    check_number("missing_eos_penalty", settings["missing_eos_penalty"])
+    return settings
