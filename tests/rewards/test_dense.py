@@ -234,6 +234,22 @@ def test_stepping_decodes_each_prefix_once(make_batch):
     assert len(decoded) == len(ids)
 
 
+def test_more_rows_than_are_remembered_by_default(monkeypatch):
+    monkeypatch.setattr("textgym.rewards.dense._REMEMBERED_PREFIXES", 2)
+    decoded = []
+
+    def counting(rows):
+        decoded.extend(rows)
+        return decode_characters(rows)
+
+    segmentation = Segmentation(sentence)
+    rows = [[ord(c) for c in f"{letter}ne. Two."] for letter in "abcdefgh"]
+    for t in range(1, len(rows[0]) + 1):
+        segmentation.last_segments(EpisodeBatch(["p"] * 8, [ids[:t] for ids in rows], decode=counting), [False] * 8)
+    assert len(decoded) == 8 * len(rows[0])
+    assert len(segmentation._open) == 16
+
+
 def test_another_tokenizer_forgets_what_the_first_one_read():
     def upper(rows):  # the same ids read differently: no sentence ends here
         return [text.replace(".", "x") for text in decode_characters(rows)]

@@ -49,6 +49,7 @@ def test_module_and_function(module, make_batch):
 
 def test_a_list_in_a_module(module, make_batch):
     assert RewardSet.build(load_reward(f"{module}:several")).names == ("length", "length_2")
+    assert RewardSet.build(f"{module}:several", [1.0, 2.0]).weights == (1.0, 2.0)
 
 
 def test_file_and_function(module):
@@ -128,6 +129,12 @@ def test_the_trained_bundled_reward_by_name(make_batch):
 def test_what_is_no_reward(reward, message):
     with pytest.raises(ValueError, match=message):
         RewardSet.build(reward)
+
+
+def test_an_id_that_is_not_in_the_cache_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="'no-such-owner/no-such-model' is no folder, and as an id of the hub it cannot be loaded: "):
+        RewardSet.build("no-such-owner/no-such-model")
 
 
 def test_a_file_without_a_function_says_how(module):

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from textgym.rewards.episodes import Prompt, excerpt
 if TYPE_CHECKING:
     import torch
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # These pool inside `forward` by comparing ids, or at a column of the padded batch, without a head that could be applied from outside.
 _REFUSED_TYPES = frozenset({"ctrl", "modernbert-decoder", "xlnet"})
 
@@ -82,7 +84,7 @@ class ClassifierReward:
         self._model: Any = None
         if isinstance(model, str | os.PathLike):
             self._source = os.fspath(model)
-            _check_folder(self._source, label)
+            _check_source(self._source, label)
             self.__name__ = Path(self._source).name
         else:
             self._model = _unwrapped(model)
@@ -245,21 +247,32 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_folder(source: str, label: int | str | None) -> None:
-    """Refuses a folder that cannot serve, from its `config.json` alone, so that the error comes before any training."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists() or source.count("/") != 1 or source.startswith((".", "~")):
-            raise ValueError(f"`model` must be a folder with a sequence classifier, or the id of one, got {source!r}, which is no folder.")
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`model`: the folder {source!r} holds no `config.json`; it must be one that a model's `save_pretrained` wrote.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _check_source(source: str, label: int | str | None) -> None:
+    """Refuses a folder or id that cannot serve, from its `config.json` alone, so that the error comes before any training."""
+    config = json.loads(_config_file(source).read_text(encoding="utf-8"))
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise ValueError(f"`model`: the folder {source!r} holds a {architectures[0]}, not a model for sequence classification.")
+        raise ValueError(f"`model`: {source!r} holds a {architectures[0]}, not a model for sequence classification.")
     names = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # transformers leaves its default of two labels out of the file
-    _label_index(len(names), {name: int(index) for index, name in names.items()}, label, folder.name)
+    _label_index(len(names), {name: int(index) for index, name in names.items()}, label, Path(source).name)
+
+
+def _config_file(source: str) -> Path:
+    """Returns the `config.json` of a folder, or of an id of the hub (from its cache, else downloaded)."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"`model`: the folder {source!r} holds no `config.json`; it must be one that `save_pretrained` wrote.")
+        return folder / "config.json"
+    if folder.exists() or not HUB_ID.fullmatch(source):
+        raise ValueError(f"`model` must be a folder with a sequence classifier, or the id of one, got {source!r}, which is no folder.")
+    from transformers.utils.hub import cached_file  # without torch, unlike the model classes
+
+    try:
+        return Path(str(cached_file(source, "config.json")))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`model`: {source!r} is no folder, and as an id of the hub it cannot be loaded: {reason}") from error
 
 
 def _label_index(count: int, label2id: dict[str, int], label: int | str | None, name: str) -> int:

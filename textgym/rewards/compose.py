@@ -27,7 +27,7 @@ from textgym.rewards.calling import (
 )
 from textgym.rewards.dense import DenseKind, Segment, Segmentation, SegmentLevel, dense_kind, segment_batch
 from textgym.rewards.episodes import EpisodeBatch, describe_row
-from textgym.rewards.resolve import resolve_reward
+from textgym.rewards.resolve import listed_rewards, resolve_reward
 
 __all__ = ["EpisodeBatch", "RewardSet"]
 
@@ -107,9 +107,9 @@ class RewardSet:
 
         Args:
             reward: a function `reward(prompts, completions, completion_ids, **columns) -> list[float | None]` (plain, async, marked as
-                dense, a lambda, a partial, a bound method or a callable object); the name of a bundled reward; `"module:function"`; a
-                path or a transformers model of a sequence classifier with one label; an object with a method `score` of that calling
-                form; a list or tuple of these; or a `RewardSet`, which is returned as it is.
+                dense, a lambda, a partial, a bound method or a callable object); the name of a bundled reward; `"module:function"`, which
+                may also name a list; a path or a transformers model of a sequence classifier with one label; an object with a method
+                `score` of that calling form; a list or tuple of these; or a `RewardSet`, which is returned as it is.
             reward_weights: one finite number per reward of a list; 1 each by default.
             names: names of the parts in `info["rewards"]` and in logs, in place of the functions' own.
         """
@@ -117,7 +117,7 @@ class RewardSet:
             if reward_weights is not None or names is not None:
                 raise ValueError("`reward_weights` and `names` belong to the making of a RewardSet; `reward` is one already.")
             return reward
-        rewards = list(reward) if isinstance(reward, list | tuple) else [reward]
+        rewards = listed_rewards(reward)
         if not rewards:
             raise ValueError("`reward` must not be an empty list; give at least one reward function.")
         resolved = [resolve_reward(one) for one in rewards]

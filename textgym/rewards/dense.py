@@ -15,7 +15,7 @@ from textgym.rewards.segmenters import SEGMENTERS, Segmenter
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__textgym_dense__"
-_REMEMBERED_PREFIXES = 8192
+_REMEMBERED_PREFIXES = 2048  # at least; and twice the rows of the largest batch
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Segmentation:
         self.segmenter = segmenter
         self._open: OrderedDict[tuple[int, ...], _Open] = OrderedDict()
         self._decode: Decode | None = None
+        self._capacity = _REMEMBERED_PREFIXES
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves what is remembered out of pickles."""
@@ -145,6 +146,7 @@ class Segmentation:
         if not _same_decode(batch.decode, self._decode):  # another tokenizer: the texts of the same ids may differ
             self._open.clear()
             self._decode = batch.decode
+        self._capacity = max(self._capacity, 2 * len(batch))
         before = self._open_before_last(batch)
         return [
             self._close(ids, text, opened, end)
@@ -180,7 +182,7 @@ class Segmentation:
 
     def _remember(self, ids: tuple[int, ...], opened: _Open) -> None:
         self._open[ids] = opened
-        if len(self._open) > _REMEMBERED_PREFIXES:
+        if len(self._open) > self._capacity:
             self._open.popitem(last=False)
 
     def _open_before_last(self, batch: EpisodeBatch) -> list[_Open]:

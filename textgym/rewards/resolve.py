@@ -12,11 +12,21 @@ from typing import Any
 
 from textgym.rewards.bundled import bundled_names, bundled_reward
 from textgym.rewards.calling import RewardFunction, function_name
-from textgym.rewards.classifier import ClassifierReward, is_classifier
+from textgym.rewards.classifier import HUB_ID, ClassifierReward, is_classifier
 from textgym.rewards.episodes import excerpt
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def listed_rewards(reward: Any) -> list[Any]:
+    """Returns the rewards of a list, of a list that `"module:name"` names, or the one reward that was given."""
+    if isinstance(reward, str) and _names_function(reward):
+        reward = load_reward(reward)
+    return list(reward) if isinstance(reward, list | tuple) else [reward]
+
+
+def _names_function(reward: str) -> bool:
+    return bool(_MODULE_FUNCTION.fullmatch(reward)) and not Path(reward).exists()
 
 
 def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
@@ -43,11 +53,11 @@ def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
 
 def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
     path = Path(reward)
-    if _MODULE_FUNCTION.fullmatch(reward) and not path.exists():
+    if _names_function(reward):
         return resolve_reward(load_reward(reward))
     if reward in bundled_names():
         return reward, resolve_reward(bundled_reward(reward))[1]
-    if path.is_dir() or _HUB_ID.fullmatch(reward):
+    if path.is_dir() or HUB_ID.fullmatch(reward):
         return resolve_reward(ClassifierReward(reward))
     raise ValueError(
         f"`reward` must be a bundled reward ({', '.join(bundled_names())}), 'module:function', 'file.py:function', or the folder "
