@@ -86,7 +86,7 @@ def test_a_forked_worker_has_a_loop_of_its_own(make_batch):
     rewards.terminal(batch)  # the parent's loop runs
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
-    worker = fork.Process(target=lambda: queue.put(rewards.terminal(batch)[0].tolist()))
+    worker = fork.Process(target=lambda: queue.put(rewards.terminal(batch)[0].tolist()), daemon=True)
     worker.start()
     worker.join(timeout=30)
     assert worker.exitcode == 0

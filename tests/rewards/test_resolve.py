@@ -157,6 +157,17 @@ class TorchModel(torch.nn.Module):
         return torch.tensor([float(len(completion)) for completion in completions])
 
 
+class TorchModelWithHead(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score = torch.nn.Linear(2, 1)  # a head, not a method
+
+
+def test_a_head_called_score_is_no_method():
+    with pytest.raises(ValueError, match="got the torch module TorchModelWithHead"):
+        RewardSet.build(TorchModelWithHead())
+
+
 def test_an_object_with_a_score(make_batch):
     rewards = RewardSet.build([Model(), TorchModel()])
     assert rewards.names == ("Model", "TorchModel")
