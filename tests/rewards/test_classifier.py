@@ -168,6 +168,15 @@ def test_a_folder_is_a_reward(folder, form, make_batch):
     np.testing.assert_allclose(rewards.terminal(batch)[0], expected, atol=1e-5)
 
 
+def test_loading_prints_nothing_and_leaves_progress_bars_as_they_were(folder, capfd):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    ClassifierReward(folder)(["a"], [" film"])
+    assert logging.is_progress_bar_enabled()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_model_finds_its_tokenizer_beside_it(folder, make_batch):
     model = GPT2ForSequenceClassification.from_pretrained(folder)
     rewards = RewardSet.build(model)

@@ -6,10 +6,6 @@ import io
 import re
 from pathlib import Path
 
-import pytest
-
-from textgym.bundled import bundled_reward_model_path
-
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- setup:\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
 PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$", re.MULTILINE)
@@ -19,7 +15,6 @@ def snippets():
     return [shown or hidden for shown, hidden in BLOCK.findall(PAGE.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.skipif(not bundled_reward_model_path().is_dir(), reason="not built yet")
 def test_snippets_print_what_they_say():
     namespace = {}
     for snippet in snippets():

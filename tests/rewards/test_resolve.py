@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.bundled import BUNDLED_REWARDS, bundled_reward_model_path, true_reward
+from textgym.bundled import BUNDLED_REWARDS, true_reward
 from textgym.rewards import ClassifierReward, RewardSet, load_reward
 from textgym.rewards.resolve import resolve_reward
-
-needs_reward_model = pytest.mark.skipif(not bundled_reward_model_path().is_dir(), reason="not built yet")
 
 MODULE = """
 import functools
@@ -99,13 +97,11 @@ def test_the_true_bundled_reward_by_name(make_batch):
     assert rewards.terminal(batch)[0][0] == true_reward(["The film"], [" was brilliant."])[0]
 
 
-@needs_reward_model
 def test_every_bundled_name_resolves():
     for name in BUNDLED_REWARDS:
         assert resolve_reward(name)[0] == name
 
 
-@needs_reward_model
 def test_the_trained_bundled_reward_by_name(make_batch):
     name, reward = resolve_reward("film-review")
     assert name == "film-review"
@@ -176,7 +172,6 @@ def test_an_object_with_a_score(make_batch):
     np.testing.assert_array_equal(totals, [8.0])
 
 
-@needs_reward_model
 def test_no_torch_before_a_classifier_scores():
     script = """
 import sys

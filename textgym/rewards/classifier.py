@@ -137,7 +137,8 @@ class ClassifierReward:
         if self._source is not None:
             device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
             try:
-                model = AutoModelForSequenceClassification.from_pretrained(self._source, dtype=self.dtype)
+                with _without_progress_bars():
+                    model = AutoModelForSequenceClassification.from_pretrained(self._source, dtype=self.dtype)
             except OSError as error:
                 raise ValueError(f"`reward`: cannot load a sequence classifier from {self._source!r}: {error}") from error
             _check_model(model)
@@ -218,6 +219,20 @@ class ClassifierReward:
         last = hidden[torch.arange(len(lengths), device=hidden.device), lengths.to(hidden.device) - 1]  # (B, H)
         scores: torch.Tensor = self._model.score(last)
         return scores
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loads without transformers' bar, which would appear in the middle of whatever first asked for a reward."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager
