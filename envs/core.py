@@ -124,8 +124,8 @@ class EpisodeRows:
         mask.fill(0)
         ids[columns] = prompt.ids
         mask[columns] = 1
-        self.prompt_indices[row] = prompt.index
-        if prompt.index < 0:
+        self.prompt_indices[row] = prompt.prompt_index
+        if prompt.prompt_index < 0:
             self.free_prompts[row] = prompt
         self.lengths[row] = 0
         self.phases[row] = Phase.RUNNING

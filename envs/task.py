@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -12,7 +12,7 @@ from textgym.prompts import Prompt, PromptSet, encode_prompts, split_row
 from textgym.rewards.compose import RewardSet
 from textgym.rewards.episodes import RESERVED_COLUMNS
 from textgym.tokenizers import SharedTokenizer, end_token_ids, filler_token_id, load_tokenizer
-from textgym.types import BoolArray
+from textgym.types import BoolArray, Observation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,14 +58,10 @@ class TextTask:
         """L = P + T, columns of an observation."""
         return self.max_prompt_tokens + self.max_new_tokens
 
-    def observation_space(self) -> spaces.Dict:
+    def observation_space(self) -> spaces.Space[Observation]:
         """Returns the space of one observation."""
-        return spaces.Dict(
-            {
-                "input_ids": spaces.Box(0, self.vocab_size - 1, (self.length,), np.int64),
-                "attention_mask": spaces.MultiBinary(self.length),
-            }
-        )
+        ids, mask = spaces.Box(0, self.vocab_size - 1, (self.length,), np.int64), spaces.MultiBinary(self.length)
+        return cast("spaces.Space[Observation]", spaces.Dict({"input_ids": ids, "attention_mask": mask}))
 
     def action_space(self) -> spaces.Discrete:
         """Returns the space of one action: the whole vocabulary."""

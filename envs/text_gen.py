@@ -88,7 +88,10 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     - v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 30}
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": ["ansi", "human"],
+        "render_fps": 30,
+    }
 
     def __init__(
         self,
@@ -159,7 +162,7 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
         rows.begin(0, prompt)
         if self._typewriter:
             self._typewriter.begin(prompt.text)
-        return rows.observe_row(0), {"prompt_index": prompt.index}
+        return rows.observe_row(0), {"prompt_index": prompt.prompt_index}
 
     def _choose_prompt(self, options: dict[str, Any]) -> Prompt:
         if "prompt" in options:
@@ -183,7 +186,8 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
         if rows.phases[0] != Phase.RUNNING:
             return self._step_without_episode()
         ended = rows.append_one(0, self._check_action(action))
-        reward, info = 0.0, {}
+        reward = 0.0
+        info: Info = {}
         if ended or self._task.rewards.has_dense:
             reward, info = self._pay(ended)
         if self._typewriter:
@@ -208,7 +212,8 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
 
     def _pay(self, ended: bool) -> tuple[float, Info]:
         """Returns the reward of this step and its info."""
-        reward, info, row = 0.0, {}, np.zeros(1, dtype=np.int64)
+        reward, row = 0.0, np.zeros(1, dtype=np.int64)
+        info: Info = {}
         if self._task.rewards.has_dense:
             dense, parts = self._rows.pay_dense(row, np.array([ended]))
             reward += float(dense[0])
@@ -219,7 +224,7 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
             info |= outcome.infos()[0]
         return reward, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Returns the episode so far as text in mode "ansi"; in mode "human" it was printed already."""
         if self.render_mode is None:
             gym.logger.warn('`render` needs a render mode; make the environment with `render_mode="ansi"` or "human".')

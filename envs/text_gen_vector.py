@@ -135,7 +135,7 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         self._every_row: IntArray = np.arange(self.num_envs)
         self._any_held = False
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The random generator of each row, as in Gymnasium's `SyncVectorEnv`."""
         return tuple(self._generator(row) for row in range(self.num_envs))
@@ -171,7 +171,7 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             raise ValueError(f"`{argument}` must be one number or one per row: {self.num_envs} rows, got {len(index)} numbers.")
         return [None if index[row] is None else self._task.check_prompt_index(index[row], f"{argument}[{row}]") for row in rows]
 
-    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:  # type: ignore[override]
+    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Begins an episode in every row, or in the rows of `options["reset_mask"]`, and ends their holds.
 
         Args:
@@ -366,7 +366,7 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         self._print(np.flatnonzero(result.terminated))
         return result
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[str, ...] | None:
         """Returns the episode of each row so far as text in mode "ansi"; in mode "human" each was printed when it ended."""
         if self.render_mode is None:
             gym.logger.warn('`render` needs a render mode; make the environment with `render_mode="ansi"` or "human".')

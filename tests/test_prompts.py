@@ -66,7 +66,7 @@ def test_rows_with_columns_from_every_source(source: str, tokenizer: Any, tmp_pa
     assert prompts.columns == {"answer": [3, 4], "hint": [None, "x"]}
     assert ids_of(prompts) == [[3, 4], [5]]
     prompt = prompts[1]
-    assert (prompt.index, prompt.text, prompt.ids.tolist(), prompt.columns) == (1, "c", [5], {"answer": 4, "hint": "x"})
+    assert (prompt.prompt_index, prompt.text, prompt.ids.tolist(), prompt.columns) == (1, "c", [5], {"answer": 4, "hint": "x"})
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:

@@ -30,13 +30,13 @@ class Prompt(NamedTuple):
     """One prompt, ready to begin an episode.
 
     Attributes:
-        index: its place in the prompt set, -1 for one that is not of the set.
+        prompt_index: its place in the prompt set, -1 for one that is not of the set.
         text: a string or a list of `{role, content}` messages, as the user gave it.
         ids: its tokens, (p,) int64.
         columns: the other columns of its row.
     """
 
-    index: int
+    prompt_index: int
     text: PromptText
     ids: IntArray
     columns: Mapping[str, Any]

@@ -44,7 +44,7 @@ def load_tokenizer(tokenizer: "PreTrainedTokenizerBase | SharedTokenizer | str |
         return tokenizer.tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         return _load(os.fspath(tokenizer))
-    if not (callable(tokenizer) and hasattr(tokenizer, "batch_decode") and hasattr(tokenizer, "eos_token_id")):
+    if not all(hasattr(tokenizer, name) for name in ("__call__", "decode", "eos_token_id")):
         raise ValueError(
             f"`tokenizer` must be a transformers tokenizer or the path or id of one, got {type(tokenizer).__name__}; "
             "wrap one of the `tokenizers` library as `PreTrainedTokenizerFast(tokenizer_object=..., eos_token=...)`."
@@ -58,17 +58,20 @@ def _load(path: str) -> "PreTrainedTokenizerBase":
     folder = Path(path)
     if folder.name == "tokenizer.json":
         folder = folder.parent
+    tokenizer: PreTrainedTokenizerBase
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        return tokenizer
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`tokenizer` must be a transformers tokenizer or the path or id of one, got {path!r}, from which none could be loaded: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
+    return tokenizer
 
 
 def end_token_ids(
@@ -105,8 +108,7 @@ def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[in
     """Returns the text of each id sequence without special tokens: what `tokenizer.decode` gives, for a whole batch at once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.clean_up_tokenization_spaces or _decodes_its_own_way(tokenizer):
-        texts: list[str] = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return texts
+        return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
     # One by one: `decode_batch` hands each text to a pool of threads, which takes longer than decoding it, and which a fork would lose.
     return [backend.decode(ids, skip_special_tokens=True) for ids in sequences]
 
@@ -115,7 +117,5 @@ def _decodes_its_own_way(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a subclass (or the object itself) replaces the decoding of transformers' fast tokenizers."""
     from transformers import PreTrainedTokenizerFast
 
-    kind = type(tokenizer)
-    return "decode" in vars(tokenizer) or any(
-        getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name) for name in ("decode", "batch_decode", "_decode")
-    )
+    kind, names = type(tokenizer), ("decode", "_decode")
+    return any(name in vars(tokenizer) or getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name) for name in names)

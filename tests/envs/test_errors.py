@@ -10,7 +10,6 @@ from gymnasium.vector import AutoresetMode
 
 import textgym  # noqa: F401
 from textgym.errors import EpisodeEndedError, RewardError
-from textgym.prompts import PromptSet
 from textgym.rewards.compose import RewardSet
 
 NUM_ENVS = 2
@@ -330,7 +329,3 @@ def test_prompt_set_of_a_column_that_rewards_use_otherwise(tokenizer: Any, rewar
     env = gym.make("TextGen-v0", prompts=["w2"], tokenizer=tokenizer, reward=reward)
     with expect('`options["prompt"]`', "'completion_ids'", "rename"):
         env.reset(options={"prompt": {"prompt": "w2", "completion_ids": 1}})
-
-
-def test_prompt_set_index(tokenizer: Any) -> None:
-    assert PromptSet(["w2"], tokenizer)[0].index == 0
