@@ -58,9 +58,14 @@ class TokenPolicy(Protocol):
     `paired_sequence_log_probs(reference, prompt_ids, prompt_lengths, actions, lengths) -> ((B, T), (B, T))`
         log-probs under this policy and under `reference`, both at this policy's temperature and renormalised over the set of
         tokens that this policy keeps (top-k, top-p, min-p).
+    `reference_sequence_log_probs(reference, prompt_ids, prompt_lengths, actions, lengths) -> (B, T)`
+        the second half of `paired_sequence_log_probs`, asked for where the first half is known already.
     `full_kl(reference, observations) -> (B,)` and
     `sequence_full_kl(reference, prompt_ids, prompt_lengths, actions, lengths) -> (B, T)`
         the exact KL(self ‖ reference) over the whole vocabulary at each visited state, in nats.
+    `remembers_rows` (an attribute, True)
+        the policy keeps what it computed for row i of the last batch (a key-value cache), so it is asked with all rows in their
+        places every time, also where only some are of interest; those others repeat what they last showed.
     """
 
     def log_probs(self, observations: Mapping[str, npt.NDArray[Any]], actions: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -33,11 +33,13 @@ class NumpyProtocol:
     Attributes:
         backbone: the model.
         sampling: the distribution that is scored.
+        remembers_rows: see `textgym.types.TokenPolicy`.
     """
 
     backbone: Backbone
     sampling: Sampling
     _acting: ActingState
+    remembers_rows = True  # `_acting` compares row i of a batch with row i of the one before
 
     @torch.no_grad()
     def log_probs(self, observations: Observation, actions: Array) -> FloatArray:

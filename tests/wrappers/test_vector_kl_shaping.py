@@ -220,3 +220,35 @@ def test_primed_again_for_every_walk(make_envs: Any, sequence_policy: Any, tabul
                 walk.step(tokens)
             rewards = walk.result().rewards
         np.testing.assert_allclose(textgym.step_sequence(envs, actions, lengths).rewards, rewards, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_policy_that_remembers_rows_is_asked_with_every_row_in_its_place(
+    make_envs: Any, tabular_policy: Any, mode: AutoresetMode
+) -> None:
+    """Between two questions a row's tokens grow by one, stay as they are, or are a new episode's."""
+
+    class Remembering(tabular_policy):
+        remembers_rows = True
+        last: Any = None
+
+        def log_probs(self, observations: Any, actions: Any) -> Any:
+            prefixes = self.prefixes(observations)
+            assert len(prefixes) == N and all(len(prefix) < 3 + T for prefix in prefixes), "a finished completion was asked about"
+            for old, new in zip(self.last or prefixes, prefixes, strict=True):
+                assert new == old or new[:-1] == old or len(new) <= 3, "a row was shown another's tokens"
+            self.last = prefixes
+            return super().log_probs(observations, actions)
+
+    envs = VectorKLShaping(make_envs(autoreset_mode=mode), Remembering(1), Remembering(2))
+    plain = VectorKLShaping(make_envs(autoreset_mode=mode), tabular_policy(1), tabular_policy(2))
+    rng = np.random.default_rng(0)
+    for one in (envs, plain):
+        one.reset(seed=0)
+    for _ in range(40):
+        actions = np.where(rng.random(N) < 0.2, 1, rng.integers(0, 12, N))
+        step, expected = envs.step(actions), plain.step(actions)
+        np.testing.assert_allclose(step[1], expected[1])
+        if mode == AutoresetMode.DISABLED and (over := step[2] | step[3]).any():
+            for one in (envs, plain):
+                one.reset(options={"reset_mask": over})

@@ -90,8 +90,10 @@ def check_policy(name: str, policy: Any, full_kl: bool) -> None:
         )
 
 
-def score_step(policy: Any, reference: Any, observations: Any, actions: IntArray, full_kl: bool) -> Scores:
-    """Returns the scores (B,) of one action per row.
+def score_step(
+    policy: Any, reference: Any, observations: Any, actions: IntArray, full_kl: bool, rows: npt.NDArray[np.bool_] | None = None
+) -> Scores:
+    """Returns the scores of one action per row, (B,), or those of `rows`, (K,).
 
     Args:
         policy: a `TokenPolicy`; its `paired_log_probs` is used when it has one.
@@ -99,13 +101,15 @@ def score_step(policy: Any, reference: Any, observations: Any, actions: IntArray
         observations: the states, batched as the environment gives them.
         actions: (B,) the tokens chosen there.
         full_kl: also ask for the KL over the whole vocabulary.
+        rows: (B,) the rows that are of interest; None for all.
     """
     if paired := getattr(policy, "paired_log_probs", None):
         log_probs, reference_log_probs = paired(reference, observations, actions)
     else:
         log_probs, reference_log_probs = policy.log_probs(observations, actions), reference.log_probs(observations, actions)
     exact = _doubles(policy.full_kl(reference, observations)) if full_kl else None
-    return _finite(Scores(_doubles(log_probs), _doubles(reference_log_probs), exact), actions)
+    wanted = np.ones(len(actions), dtype=np.bool_) if rows is None else rows
+    return _finite(Scores(_doubles(log_probs), _doubles(reference_log_probs), exact).part(wanted), actions[wanted])
 
 
 def score_completions(policy: Any, reference: Any, completions: Completions, full_kl: bool, log_probs: DoubleArray | None = None) -> Scores:

@@ -82,6 +82,7 @@ class ShapingState:
         self.steps = np.zeros(num_rows, dtype=np.int64)
         self.totals = {key: np.zeros(num_rows) for key in ("k1", "k2", "k3", "full", "unshaped", "shaped")}
         self.observations: Any = None
+        self._asked: Any = None
         self._primed: Primed | None = None
 
     @property
@@ -178,10 +179,19 @@ class ShapingState:
             full[planned] = 0.0 if known.full_kl is None else known.full_kl
         asked = rows & ~planned
         if asked.any():
-            scores = score_step(self.policy, self.reference, _selected(self.observations, asked), actions[asked], self.full_kl)
+            scores = self._ask(actions, asked)
             log_probs[asked], reference_log_probs[asked] = scores.log_probs, scores.reference_log_probs
             full[asked] = 0.0 if scores.full_kl is None else scores.full_kl
         return Scores(log_probs, reference_log_probs, full if self.full_kl else None)
+
+    def _ask(self, actions: npt.NDArray[Any], rows: BoolArray) -> Scores:
+        """Returns the policies' scores of the actions of `rows` (K,) at the observations last seen."""
+        if not getattr(self.policy, "remembers_rows", False):
+            return score_step(self.policy, self.reference, _selected(self.observations, rows), actions[rows], self.full_kl)
+        # Row i stays row i. The others show what they showed when they were last asked about, or what an asked row shows.
+        previous = self._asked if self._asked is not None else _repeated(self.observations, int(np.argmax(rows)))
+        self._asked = _merged(self.observations, previous, rows)
+        return score_step(self.policy, self.reference, self._asked, np.where(rows, actions, actions[rows][0]), self.full_kl, rows)
 
     def account(self, rewards: npt.NDArray[Any], scores: Scores, rows: BoolArray) -> tuple[DoubleArray, DoubleArray]:
         """Adds one step of `rows` to their sums.
@@ -276,6 +286,20 @@ def _copied(observations: Any) -> Any:
     if isinstance(observations, Mapping):
         return {key: np.array(value) for key, value in observations.items()}
     return np.array(observations)
+
+
+def _merged(first: Any, second: Any, rows: BoolArray) -> Any:
+    """The observations `first` in `rows`, and `second` in the others."""
+    if isinstance(first, Mapping):
+        return {key: _merged(value, second[key], rows) for key, value in first.items()}
+    return np.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, second)
+
+
+def _repeated(observations: Any, row: int) -> Any:
+    """One row's observation in every row."""
+    if isinstance(observations, Mapping):
+        return {key: _repeated(value, row) for key, value in observations.items()}
+    return np.repeat(observations[row : row + 1], len(observations), axis=0)
 
 
 def _selected(observations: Any, rows: BoolArray) -> Any:
