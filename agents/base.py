@@ -38,6 +38,7 @@ from textgym.agents.common.rollouts import RolloutCollector, RolloutInterrupted,
 from textgym.agents.common.shaping import ensure_kl_shaping, move_adaptive_beta, set_schedule_progress
 from textgym.agents.policy import CausalLMPolicy
 from textgym.kl import AdaptiveKLController
+from textgym.stacks import layers
 from textgym.types import IntArray
 from textgym.vec_env_adapter import as_sb3_vec_env
 
@@ -157,6 +158,8 @@ class OnPolicyAgent(BaseAlgorithm):
             raise ValueError(f"`rollout_size` must be a multiple of the number of environments, {self.n_envs}, got {size}.")
         self._walks = size // self.n_envs
         self.collector = RolloutCollector(self.policy, self.vector_env, self.num_generations)
+        # Not from workers: what crosses a process border is a copy.
+        self.reward_set = next((layer.reward_set for layer in layers(self.vector_env) if hasattr(layer, "reward_set")), None)
         num_prompts = attribute(self.vector_env, "num_prompts")
         if num_prompts is None:
             self.prompt_order = None
@@ -213,7 +216,7 @@ class OnPolicyAgent(BaseAlgorithm):
             iteration += 1
             self._update_current_progress_remaining(min(self.num_timesteps, total_timesteps), total_timesteps)
             assert self.ep_info_buffer is not None  # `_setup_learn` made it
-            self.ep_info_buffer.extend(record_rollout(self.logger, rollout))
+            self.ep_info_buffer.extend(record_rollout(self.logger, rollout, self.reward_set))
             self.logger.record("rollout/beta", self.kl_shaping[0].beta)
             self._update_learning_rate(self.optimizer)
             self.train(rollout)

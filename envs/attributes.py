@@ -6,6 +6,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from textgym.envs.task import TextTask
 from textgym.prompts import PromptSet
+from textgym.rewards.compose import RewardSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,11 @@ class TaskAttributes:
     def prompt_set(self) -> PromptSet:
         """The prompts that episodes begin with."""
         return self._task.prompt_set
+
+    @property
+    def reward_set(self) -> RewardSet:
+        """What scores completions; it counts its calls and keeps what reward functions log."""
+        return self._task.rewards
 
     @property
     def num_prompts(self) -> int:

@@ -7,10 +7,11 @@ import numpy as np
 from stable_baselines3.common.logger import Logger
 
 from textgym.agents.common.batches import RolloutBatch
+from textgym.rewards.compose import RewardSet
 
 
-def record_rollout(logger: Logger, rollout: RolloutBatch) -> list[dict[str, Any]]:
-    """Logs what a rollout was like.
+def record_rollout(logger: Logger, rollout: RolloutBatch, reward_set: RewardSet | None = None) -> list[dict[str, Any]]:
+    """Logs what a rollout was like, and what its reward functions logged themselves (TRL's `log_metric`).
 
     Returns:
         Per episode the unshaped return `r`, the length `l` and the time `t`, as SB3's `Monitor` notes them.
@@ -27,6 +28,9 @@ def record_rollout(logger: Logger, rollout: RolloutBatch) -> list[dict[str, Any]
     logger.record("rollout/eos_fraction", float(np.mean([info.get("finish_reason") == "eos" for info in rollout.infos])))
     for name, mean in _part_means(rollout).items():
         logger.record(f"rewards/{name}/mean", mean)
+    metrics = {} if reward_set is None else reward_set.drain_logs()[0]
+    for name, mean in metrics.items():
+        logger.record(f"rewards/{name}", mean)
     now = time.time()
     returns, counts = rollout.unshaped_returns.tolist(), lengths.tolist()
     return [{"r": reward, "l": length, "t": now} for reward, length in zip(returns, counts, strict=True)]

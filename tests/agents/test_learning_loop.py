@@ -275,6 +275,17 @@ def test_missing_eos_penalty_and_whitening(task) -> None:
     assert kept.mean().item() == pytest.approx(rollout.rewards[rollout.completion_mask].mean().item(), abs=1e-4)
 
 
+def test_what_rewards_log_is_in_the_agents_log(task) -> None:
+    def halves(completions, log_metric, **columns):
+        log_metric("half", 0.5)
+        return [1.0] * len(completions)
+
+    agent = PPO(task.policy(), gym.make_vec("TextGen-v0", num_envs=8, **{**task.arguments(), "reward": halves}), seed=0)
+    agent.learn(1, log_interval=0)
+    assert agent.logger.name_to_value["rewards/half"] == 0.5
+    assert agent.logger.name_to_value["rewards/halves/mean"] == 1.0
+
+
 BAD = {
     "rollout_size": ({"rollout_size": 48}, "multiple of the number of environments"),
     "num_generations": ({"num_generations": 3}, "must divide"),
