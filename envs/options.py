@@ -9,10 +9,18 @@ from gymnasium.vector import AutoresetMode
 from textgym.types import BoolArray
 
 
+class RenderModeError(ValueError, TypeError):
+    """An unknown render mode.
+
+    A `TypeError` too, because Stable-Baselines3 asks every environment that it makes by its id for `"rgb_array"`, and makes it without a
+    render mode when that raises a `TypeError`.
+    """
+
+
 def check_render_mode(render_mode: str | None, metadata: Mapping[str, Any]) -> str | None:
     """Returns `render_mode` if it is None or one of the modes in `metadata`."""
     if render_mode is not None and render_mode not in metadata["render_modes"]:
-        raise ValueError(f"`render_mode` must be None or one of {metadata['render_modes']}, got {render_mode!r}.")
+        raise RenderModeError(f"`render_mode` must be None or one of {metadata['render_modes']}, got {render_mode!r}.")
     return render_mode
 
 

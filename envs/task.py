@@ -117,8 +117,6 @@ def build_task(
         check_count("max_prompt_tokens", max_prompt_tokens)
     if not isinstance(truncate_prompts, bool):
         raise ValueError(f"`truncate_prompts` must be True or False, got {truncate_prompts!r}.")
-    if truncate_prompts and max_prompt_tokens is None:
-        raise ValueError("`truncate_prompts=True` needs `max_prompt_tokens`, the length to cut to: without it every prompt fits.")
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else _bundled_tokenizer()
     read = _bundled_prompts(loaded) if prompts is None else PromptSet.build(prompts, loaded)
     _check_columns(read.columns, "`prompts`")

@@ -54,8 +54,9 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     prompt given as messages) and `completion_ids` keep the end token; it returns a list with one number per completion, or None for a
     row that it does not apply to. Functions marked with `textgym.rewards.token_level` or `textgym.rewards.segment_level` pay at each token
     or at the last token of each segment; what they paid stands, unweighted, in `info["dense_rewards"]` of every step.
-    At the end `info` holds `prompt`, `completion`, `completion_ids`, `finish_reason` ("eos" or "length") and `rewards`: each named part
-    before weighting (the sum over the episode for a dense one), without the parts that did not apply.
+    At the end `info` holds `prompt` (as it was given), `completion` (a text, also after messages), `completion_ids`, `finish_reason`
+    ("eos" or "length") and `rewards`: each named part before weighting (the sum over the episode for a dense one), without the parts that
+    did not apply.
 
     ## Starting State
     A prompt drawn uniformly. `reset(options={"prompt_index": i})` takes prompt `i`; `options={"prompt": ...}` takes any other prompt
@@ -79,7 +80,8 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     - `max_prompt_tokens`: P, in tokens. Default: the longest prompt's.
     - `max_new_tokens`: T, in tokens. Default: 32.
     - `eos_token_ids`: the id or ids of the end tokens. Default: the tokenizer's.
-    - `truncate_prompts`: keep the last `max_prompt_tokens` tokens of a longer prompt. By default such a prompt is an error.
+    - `truncate_prompts`: keep the last `max_prompt_tokens` tokens of a longer prompt, of the set or of `options`. By default such a prompt
+      is an error.
     - `render_mode`: `"ansi"` (`render()` returns the episode as text) or `"human"` (it is printed as it grows).
 
     Every bad argument is a `ValueError` that says what to do.

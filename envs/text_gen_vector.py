@@ -176,7 +176,7 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
 
         Args:
             seed: seeds the draws of prompts from here on: row i with `seed + i`, or with its entry in a list.
-            options: any of `prompt_index`, `prompt` and `reset_mask`.
+            options: any of `prompt_index`, `prompt` and `reset_mask`; left as it is.
 
         Returns:
             The observation of all rows, and `prompt_index` with its mask.

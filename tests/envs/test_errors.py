@@ -53,7 +53,6 @@ CONSTRUCTOR = [
     ({"max_new_tokens": 0}, ("`max_new_tokens` must be an integer of at least 1", "got 0")),
     ({"max_new_tokens": True}, ("`max_new_tokens` must be an integer of at least 1", "got True")),
     ({"max_new_tokens": None}, ("`max_new_tokens` must be an integer of at least 1", "got None")),
-    ({"truncate_prompts": True}, ("`truncate_prompts=True` needs `max_prompt_tokens`",)),
     ({"truncate_prompts": "yes", "max_prompt_tokens": 4}, ("`truncate_prompts` must be True or False", "'yes'")),
     ({"tokenizer": 5}, ("`tokenizer` must be a transformers tokenizer", "got int", "PreTrainedTokenizerFast(tokenizer_object=")),
     ({"tokenizer": "no/such/folder/anywhere"}, ("`tokenizer` must be", "'no/such/folder/anywhere'")),
@@ -71,6 +70,14 @@ CONSTRUCTOR = [
 def test_constructor(make: Any, arguments: dict[str, Any], parts: tuple[str, ...]) -> None:
     with expect(*parts):
         make(**arguments)
+
+
+def test_stock_sb3_makes_the_environment_by_its_id(tokenizer: Any, reward: Any) -> None:
+    """It asks every environment for "rgb_array" and makes it again without a render mode when that is a `TypeError`."""
+    from stable_baselines3.common.base_class import maybe_make_env
+
+    with pytest.warns(UserWarning, match="not in the possible render_modes"):
+        assert maybe_make_env("TextGen-v0", verbose=0).unwrapped.render_mode is None
 
 
 def test_unknown_render_mode(tokenizer: Any, reward: Any) -> None:

@@ -177,3 +177,15 @@ def test_a_list_of_seeds_may_leave_rows_out(envs: Any) -> None:
     before = envs.np_random[0]
     envs.reset(seed=[None, 8, None])
     assert envs.np_random[0] is before and envs.np_random_seed == (7, 8, 9)
+
+
+def test_longer_prompts_keep_their_end(calls: list[Any], kwargs: dict[str, Any]) -> None:
+    env = gym.make("TextGen-v0", max_prompt_tokens=2, truncate_prompts=True, **kwargs)
+    observation, _ = env.reset(options={"prompt_index": 0})
+    assert observation["input_ids"][:2].tolist() == [3, 4]
+    observation, _ = env.reset(options={"prompt": "w2 w3 w4 w5"})
+    assert observation["input_ids"][:2].tolist() == [4, 5]
+    assert env.step(END)[4]["prompt"] == "w2 w3 w4 w5"  # rewards and infos see the whole text
+    env = gym.make("TextGen-v0", truncate_prompts=True, **kwargs)
+    observation, _ = env.reset(options={"prompt": "w2 w3 w4 w5"})
+    assert observation["input_ids"][:3].tolist() == [3, 4, 5]
