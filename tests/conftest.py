@@ -1,7 +1,7 @@
 """Fixtures that all tests share: the device, an offline tokenizer, and tiny random models of the three families."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def character_tokenizer(characters: str = "abcdefghijklmnopqrstuvwxyz .,!?'01234
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def tiny_model(
+def make_tiny_model(
     model_type: str, vocab_size: int, seed: int = 0, scale: float = 0.4, positions: int = 128, dropout: float = 0.0
 ) -> PreTrainedModel:
     """A random two-layer model of width 32. The weights are large, so that its distributions are far from uniform."""
@@ -105,10 +105,16 @@ def model_type(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """The function `make_tiny_model`, for tests that need other sizes."""
+    return make_tiny_model
+
+
 @pytest.fixture
 def model(model_type: str, tokenizer: PreTrainedTokenizerFast, device: str) -> PreTrainedModel:
     """A tiny random model of each family, with three outputs more than the tokenizer has tokens."""
-    return tiny_model(model_type, len(tokenizer) + 3).to(device)
+    return make_tiny_model(model_type, len(tokenizer) + 3).to(device)
 
 
 class TabularPolicy:
