@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -235,6 +235,18 @@ def test_an_error_inside_a_walk_leaves_nothing_behind(kind: str, envs: Any, sync
     assert terminated.all()
     one.step(np.full(N, 2))
     assert (one.fresh if kind == "native" else np.array(one.get_attr("fresh"))).all(), "autoreset does not work any more"
+
+
+def test_an_interrupt_comes_through_although_workers_are_gone(arguments: Any) -> None:
+    envs = AsyncVectorEnv([lambda: gym.make("TextGen-v0", **arguments)] * N)
+    envs.reset(seed=0)
+    with pytest.raises(KeyboardInterrupt), SequenceWalk(envs) as walk:
+        walk.step(np.full(N, 2))
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        raise KeyboardInterrupt
+    envs.closed = True  # there is nothing left to close
 
 
 # --- Other people's vector environments -----------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorActionWrapper, VectorRewardWrapper, VectorWrapper
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from gymnasium.wrappers import vector as vector_wrappers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -311,6 +313,30 @@ def test_users_wrappers_under_async(kind: str, mode: AutoresetMode, shaped: Any)
     finally:
         walked.close()
         looped.close()
+
+
+SINGLE: Layers = [Doubled, Hidden, Turned, Early, RecordEpisodeStatistics, functools.partial(TimeLimit, max_episode_steps=3)]
+BATCHED: Layers = [Scaled, Bonus, Other, Swapped, Stop, functools.partial(vector_wrappers.RecordEpisodeStatistics, stats_key="batched")]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_stack(data: st.DataObject, sequence_policy: Any, tabular_policy: Any) -> None:
+    """Up to three users' wrappers of a kind, in any order, with KL shaping in any place among them or none."""
+    kind, mode = data.draw(st.sampled_from(["native", "sync"])), data.draw(st.sampled_from(MODES))
+    batched = data.draw(st.lists(st.sampled_from(BATCHED), max_size=3, unique=True))
+    single = data.draw(st.lists(st.sampled_from(SINGLE), max_size=3, unique=True)) if kind == "sync" else []
+    if kind == "sync" and mode == AutoresetMode.DISABLED:
+        # `SyncVectorEnv` takes the reset mask out of the options, and this wrapper then forgets the rows that were not reset.
+        batched = [layer for layer in batched if layer is not BATCHED[-1]]
+    cls = data.draw(st.sampled_from([sequence_policy, tabular_policy]))
+    policy, reference = cls(1), cls(2)
+    place = data.draw(st.sampled_from(["nowhere", "batched", "single"]))
+    if place == "batched":
+        batched.insert(data.draw(st.integers(0, len(batched))), lambda envs: VectorKLShaping(envs, policy, reference, 0.3))
+    if place == "single" and kind == "sync":
+        single.insert(data.draw(st.integers(0, len(single))), lambda env: KLShaping(env, policy, reference, 0.3))
+    compare(functools.partial(make, kind, mode, single, batched), rounds=3, seed=data.draw(st.integers(0, 10**6)))
 
 
 # --- What finished rows must not be seen by -------------------------------------------------------------------------------------

@@ -119,7 +119,12 @@ class SequenceWalk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._holder.release()
+        try:
+            self._holder.release()
+        except Exception:
+            # Workers that were interrupted cannot be let go; what interrupted them is what the caller has to hear of.
+            if error is None:
+                raise
 
     def prime(self, actions: npt.ArrayLike, lengths: npt.ArrayLike, log_probs: npt.ArrayLike | None = None) -> None:
         """Tells what is going to be sent: rows finish when their `lengths[i]` tokens are sent, and bundled wrappers prepare.

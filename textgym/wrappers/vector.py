@@ -148,9 +148,10 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         plan = checked_plan(self, actions, lengths, log_probs)
         if self._ended.any() or self.state.steps.any():
             raise ValueError(sequences.NOT_FRESH)
+        scores = None
         if sequences.one_pass(self):
             self.prime(*plan)
-        scores = self.state.take_primed()
+            scores = self.state.take_primed()
         if scores is None:
             return sequences.walk_through(self, *plan)
         result = sequences.step_sequence(self.env, *plan)
