@@ -143,3 +143,21 @@ def test_a_reset_ends_the_holds_of_its_rows(kwargs: dict[str, Any]) -> None:
     assert envs._rows.lengths.tolist() == [1, 0, 1]
     envs.reset()
     assert envs.fresh.all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_while_hold_is_set_ended_rows_stay_as_they_are(mode: AutoresetMode, kwargs: dict[str, Any], assert_equal: Any) -> None:
+    envs = gym.make_vec("TextGen-v0", num_envs=NUM_ENVS, autoreset_mode=mode, **kwargs)
+    envs.reset(seed=0)
+    envs.hold = True
+    states = [generator.bit_generator.state["state"] for generator in envs.np_random]
+    last, rewards, *_, infos = envs.step([1, 5, 1])
+    assert rewards[0] > 0 and "prompt_index" not in infos
+    for _ in range(2):
+        observations, rewards, terminated, _, infos = envs.step([-5, 5, 5])
+        assert_equal(observations["input_ids"][::2], last["input_ids"][::2])
+        assert not rewards.any() and not terminated.any() and infos == {}
+    assert states == [generator.bit_generator.state["state"] for generator in envs.np_random]
+    envs.hold = False
+    envs.reset()
+    assert envs.fresh.all()
