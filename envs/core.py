@@ -3,6 +3,7 @@
 `TextGenEnv` is its face for one row, `TextGenVectorEnv` its face for many.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,12 +58,12 @@ class Outcome:
     def infos(self) -> list[Info]:
         """Returns the final info of each of the K episodes."""
         columns = self.texts()
-        rewards = [
-            {name: value for name, value in zip(self.parts, values, strict=True) if value == value}  # NaN: the part did not apply
-            for values in zip(*(part.tolist() for part in self.parts.values()), strict=True)
-        ]
         rows = zip(*columns.values(), strict=True)
-        return [{**dict(zip(columns, row, strict=True)), "rewards": parts} for row, parts in zip(rows, rewards, strict=True)]
+        return [{**dict(zip(columns, row, strict=True)), "rewards": self.rewards(place)} for place, row in enumerate(rows)]
+
+    def rewards(self, place: int) -> dict[str, float]:
+        """Returns the unweighted rewards of one of the K episodes, without the parts that did not apply to it."""
+        return {name: float(values[place]) for name, values in self.parts.items() if not math.isnan(values[place])}
 
 
 class EpisodeRows:

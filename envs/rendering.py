@@ -32,9 +32,8 @@ def _status(rows: EpisodeRows, row: int) -> str:
     outcome = rows.outcomes[row]
     if outcome is not None:
         episodes, place = outcome
-        rewards = episodes.infos()[place]["rewards"]
         weights = dict(zip(rows.task.rewards.names, rows.task.rewards.weights, strict=True))
-        named = " + ".join(f"{weights[name]:g} x {value:.4g} {name}" for name, value in rewards.items())
+        named = " + ".join(f"{weights[name]:g} x {value:.4g} {name}" for name, value in episodes.rewards(place).items())
         status += f", ended by {episodes.finish_reasons[place]}, reward {rows.returns[row]:.4g} = {named}"
     elif rows.task.rewards.has_dense:
         status += f", reward so far {rows.returns[row]:.4g}"
