@@ -35,6 +35,7 @@ from textgym.agents.common.progress import ProgressCallback
 from textgym.agents.common.prompt_order import PromptOrder
 from textgym.agents.common.rollout_logs import record_rollout
 from textgym.agents.common.rollouts import RolloutCollector, RolloutInterrupted, StepReport
+from textgym.agents.common.schedules import as_schedule
 from textgym.agents.common.shaping import ensure_kl_shaping, move_adaptive_beta, set_schedule_progress
 from textgym.agents.policy import CausalLMPolicy
 from textgym.kl import AdaptiveKLController
@@ -115,6 +116,8 @@ class OnPolicyAgent(BaseAlgorithm):
         self.stats_window_size = settings["stats_window_size"]
         self.evaluation = settings["evaluation"]
         self._make_optimizer = settings["optimizer"]
+        rate = settings["critic_learning_rate"]
+        self.critic_learning_rate = None if rate is None else as_schedule("critic_learning_rate", rate)
         self.reference = policy.reference() if reference is None else reference
         self._logger = Logger(folder=None, output_formats=[])  # `learn` replaces it
         self._setup_model()
@@ -134,7 +137,7 @@ class OnPolicyAgent(BaseAlgorithm):
         self.sampling_generator = torch.Generator(device=self.policy.device)
         self.sampling_generator.manual_seed(self.seed)
         self.prompt_order: PromptOrder | None = None
-        self.optimizer = self._make_optimizer([p for p in self.trainable_parameters() if p.requires_grad])
+        self.optimizer = self._make_optimizer(self._parameter_groups())
 
     def _connect(self, env: Any, rebind: bool = False) -> None:
         """Takes an environment: KL shaping, prompt order and the number of walks follow from it."""
@@ -165,6 +168,19 @@ class OnPolicyAgent(BaseAlgorithm):
             self.prompt_order = None
         elif self.prompt_order is None or self.prompt_order.num_prompts != num_prompts:
             self.prompt_order = PromptOrder(int(num_prompts), self.prompt_generator)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The policy's parameters, and in a second group the critic's where the algorithm has one."""
+        modules = [self.policy, *([self.critic] if self.critic is not None else [])]
+        return [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+
+    def _set_learning_rates(self) -> None:
+        """Moves the learning rates to the progress remaining, and logs them."""
+        self._update_learning_rate(self.optimizer)
+        if self.critic is not None and self.critic_learning_rate is not None:
+            rate = self.critic_learning_rate(self._current_progress_remaining)
+            self.optimizer.param_groups[1]["lr"] = rate
+            self.logger.record("train/critic_learning_rate", rate)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters the optimiser updates: the policy's, and the critic's where the algorithm has one."""
@@ -218,7 +234,7 @@ class OnPolicyAgent(BaseAlgorithm):
             assert self.ep_info_buffer is not None  # `_setup_learn` made it
             self.ep_info_buffer.extend(record_rollout(self.logger, rollout, self.reward_set))
             self.logger.record("rollout/beta", self.kl_shaping[0].beta)
-            self._update_learning_rate(self.optimizer)
+            self._set_learning_rates()
             self.train(rollout)
             move_adaptive_beta(self.kl_shaping, rollout.kl_per_sequence)
             if self.evaluation is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 BASE_ARGUMENTS = (
     "learning_rate",
+    "critic_learning_rate",
     "gamma",
     "rollout_size",
     "num_generations",

@@ -1,15 +1,15 @@
 """The options that every on-policy agent takes by keyword, and their defaults."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
-from torch import nn
+from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.common.checks import check_count, check_number
 from textgym.agents.common.evaluation import Evaluation
 
-OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory: TypeAlias = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 class AgentOptions(TypedDict, total=False):
@@ -21,7 +21,10 @@ class AgentOptions(TypedDict, total=False):
         micro_batch_size: completions per forward and backward pass; smaller needs less memory and changes no gradient
             (default: the whole minibatch).
         max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
-        optimizer: a function from parameters to an optimiser (default Adam with eps 1e-5, detail 18 of Huang et al. 2023).
+        critic_learning_rate: of the critic alone, a number or a schedule; a fresh head wants more than a trained policy bears
+            (default: the policy's).
+        optimizer: a function from parameters (or groups of them) to an optimiser (default Adam with eps 1e-5, detail 18 of Huang et
+            al. 2023).
         missing_eos_penalty: subtracted from the reward of a completion that does not end in EOS (default 0: J is unchanged).
         whiten_rewards: scale the rewards of a rollout to variance 1, the mean kept (default False: J is unchanged).
         evaluation: an `Evaluation` on held-out prompts (default None).
@@ -36,6 +39,7 @@ class AgentOptions(TypedDict, total=False):
     num_generations: int
     micro_batch_size: int | None
     max_grad_norm: float | None
+    critic_learning_rate: float | Schedule | None
     optimizer: OptimizerFactory
     missing_eos_penalty: float
     whiten_rewards: bool
@@ -47,7 +51,7 @@ class AgentOptions(TypedDict, total=False):
     stats_window_size: int
 
 
-def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The default optimiser: Adam with eps 1e-5; its learning rate is set before every update."""
     return torch.optim.Adam(parameters, lr=0.0, eps=1e-5)
 
@@ -57,6 +61,7 @@ DEFAULTS: AgentOptions = {
     "num_generations": 1,
     "micro_batch_size": None,
     "max_grad_norm": 1.0,
+    "critic_learning_rate": None,
     "optimizer": adam,
     "missing_eos_penalty": 0.0,
     "whiten_rewards": False,
