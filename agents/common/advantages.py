@@ -142,31 +142,13 @@ def hold_last(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def batch_mean_baseline(returns: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The mean return of the batch, position by position for reward-to-go.
-
-    The own return is part of the mean, so the expected gradient is (1 − 1/B) ∇J, in the direction of ∇J. For (B, T) returns-to-go
-    a row that has ended counts with the return-to-go of its last token: the divisor is B everywhere, and with one reward at the end
-    both forms agree.
-
-    Args:
-        returns: whole returns (B,) or returns-to-go (B, T).
-        lengths: tokens of each row, (B,) int; needed for (B, T).
-
-    Returns:
-        b, the shape of `returns`.
-    """
-    held = _held_returns(returns, lengths)
-    return held.mean(dim=0, keepdim=True).expand_as(returns)
-
-
-@torch.no_grad()
 def leave_one_out_baseline(returns: Tensor, num_generations: int, lengths: Tensor | None = None) -> Tensor:
     """The mean return of the *other* completions of the same prompt, Ahmadian et al. 2024 (arXiv:2402.14740), eq. 8.
 
         b_i = 1/(G−1) Σ_{j≠i} R_j,    A_i = R_i − b_i
 
-    It does not depend on row i, so the gradient stays unbiased. For (B, T) returns-to-go b_{i,t} is the others' mean at token t,
+    It does not depend on row i, so the gradient stays unbiased (with the own return in the mean it would be (1 − 1/G) ∇J). With
+    G = B this is the mean of the batch as a baseline. For (B, T) returns-to-go b_{i,t} is the others' mean at token t,
     where one that has ended before t counts with the return-to-go of its last token; with one reward at the end this is
     the formula above at every token.
 

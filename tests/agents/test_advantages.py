@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from textgym.agents.common.advantages import (
-    batch_mean_baseline,
     generalized_advantages,
     hold_last,
     importance_weighted_returns,
@@ -84,13 +83,6 @@ def test_hold_last():
     assert hold_last(REWARDS, LENGTHS).tolist() == [[1.0, 0.0, 2.0], [0.5, -1.0, -1.0], [4.0, 4.0, 4.0]]
 
 
-def test_batch_mean_by_hand():
-    assert batch_mean_baseline(torch.tensor([1.0, 2.0, 6.0])).tolist() == [3.0, 3.0, 3.0]
-    to_go = torch.tensor([[3.0, 2.0, 2.0], [-0.5, -1.0, JUNK], [4.0, JUNK, JUNK]])
-    expected = torch.tensor([6.5, 5.0, 5.0]) / 3  # ended rows count with their last: (3, −.5, 4), (2, −1, 4), (2, −1, 4)
-    torch.testing.assert_close(batch_mean_baseline(to_go, LENGTHS), expected.expand(3, 3))
-
-
 def test_leave_one_out_by_hand():
     returns = torch.tensor([1.0, 3.0, 10.0, 20.0])
     assert leave_one_out_baseline(returns, 2).tolist() == [3.0, 1.0, 20.0, 10.0]  # the partner of the same prompt
@@ -149,7 +141,7 @@ def test_advantages_carry_no_gradient():
         (lambda: leave_one_out_baseline(REWARDS, 1, LENGTHS), "`num_generations` must be at least 2"),
         (lambda: leave_one_out_baseline(REWARDS, 2, LENGTHS), "multiple of `num_generations` = 2 rows .* got 3"),
         (lambda: leave_one_out_baseline(REWARDS, 3), "`lengths` must be given"),
-        (lambda: batch_mean_baseline(REWARDS, LENGTHS[:2]), r"`returns` must be \(B,\) or \(B, T\)"),
+        (lambda: leave_one_out_baseline(REWARDS, 3, LENGTHS[:2]), r"`returns` must be \(B,\) or \(B, T\)"),
     ],
 )
 def test_errors_name_the_argument(call, message):

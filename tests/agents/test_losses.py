@@ -43,6 +43,15 @@ def test_clipped_surrogate_by_hand():
     assert token_mean.item() == pytest.approx(-(0.5 + 2.4 - 1.1 - 6) / 4)
 
 
+def test_clipping_from_below_by_hand():
+    """ρ = 0.5 with A = −2: min(−1, −1.6) = −1.6, held by the clip; the same ratio with A > 0 is not."""
+    old, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    new, advantages = torch.full((1, 2), math.log(0.5)), torch.tensor([[-2.0, 3.0]])
+    assert clipped_surrogate_loss(new, old, advantages, mask, clip_range=0.2).item() == pytest.approx(1.6 - 1.5)
+    grad = gradient(lambda x: clipped_surrogate_loss(x, old, advantages, mask, clip_range=0.2), new)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, -1.5]]))
+
+
 def test_clipped_surrogate_gradient_by_hand():
     # ∂/∂log π of ρA is ρA; a clipped token (the second) has none; the pessimistic side (the first and last) keeps it.
     grad = gradient(lambda x: clipped_surrogate_loss(x, OLD, ADVANTAGES, MASK, clip_range=0.2), NEW)

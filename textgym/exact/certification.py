@@ -55,6 +55,7 @@ class Setup:
         reward: the reward function of `envs`; it counts its queries.
         beta: β, in reward per nat.
         seed: for the agent.
+        temperature: of the policy, and with it of the reference; the agent's factory has to use it.
     """
 
     tree: TokenTree
@@ -65,11 +66,12 @@ class Setup:
     reward: TreeReward
     beta: float
     seed: int
+    temperature: float = 1.0
 
     def reference_policy(self) -> Table:
         """Returns π_ref as a tabular policy."""
         with torch.no_grad():
-            log_probs = completion_log_probs(self.tree, model_score(self.reference), self.reference.device)
+            log_probs = completion_log_probs(self.tree, model_score(self.reference, self.temperature), self.reference.device)
         return self.tree.tabular(log_probs.double().cpu().numpy())
 
 
@@ -77,7 +79,14 @@ MakeAgent = Callable[[Setup], Agent]
 
 
 def make_setup(
-    tree: TokenTree, *, seed: int, num_envs: int, beta: float = HARD_TREE_BETA, displaced: bool = False, device: str = "cpu"
+    tree: TokenTree,
+    *,
+    seed: int,
+    num_envs: int,
+    beta: float = HARD_TREE_BETA,
+    temperature: float = 1.0,
+    displaced: bool = False,
+    device: str = "cpu",
 ) -> Setup:
     """Makes the environment and the models of a certification.
 
@@ -86,6 +95,7 @@ def make_setup(
         seed: of the models and the agent.
         num_envs: rows of the environment.
         beta: β, in reward per nat.
+        temperature: of policy and reference.
         displaced: start at another model than the reference, far from it and from π*; for gradients.
         device: of the models.
     """
@@ -96,7 +106,7 @@ def make_setup(
     model, reference = tiny_lm(tree, seed=seed + 1000 if displaced else seed), tiny_lm(tree, seed=seed)
     for network in (model, reference):
         torch.nn.Module.to(network, device)
-    return Setup(tree, envs, model, reference, tokenizer, reward, beta, seed)
+    return Setup(tree, envs, model, reference, tokenizer, reward, beta, seed, temperature)
 
 
 class FixedPoint(NamedTuple):
@@ -197,7 +207,7 @@ def _record_gradients(agent: Agent, setup: Setup, count: int) -> Tensor:
 
 def exact_setup_gradient(setup: Setup) -> Tensor:
     """Returns ∇J at the setup's model, (D,) float64, in the order of `model.parameters()`."""
-    score = model_score(setup.model)
+    score = model_score(setup.model, setup.temperature)
     gradient = exact_gradient(setup.tree, score, list(setup.model.parameters()), setup.reference_policy(), setup.beta, setup.model.device)
     return gradient.double().cpu()
 
@@ -295,7 +305,7 @@ def expected_gradient(
         prompt = prompts.pop()
         rows = next(remaining[prompt])
         weights.append(float(np.exp(log_probs[tree.prompts.index(prompt), list(rows)].sum())))
-        return _with_completions(agent.policy, generate_ids(prompt_ids, prompt_lengths, *args, **options), tree, rows)
+        return with_completions(agent.policy, generate_ids(prompt_ids, prompt_lengths, *args, **options), tree, rows)
 
     agent.policy.generate_ids = enumerate_ids
     gradients = _record_gradients(agent, setup, tree.num_prompts * tree.num_completions**group)
@@ -306,8 +316,8 @@ def _unpadded(ids: Sequence[int], length: int) -> tuple[int, ...]:
     return tuple(ids[len(ids) - length :])
 
 
-def _with_completions(policy: Any, generation: Any, tree: TokenTree, rows: Sequence[int]) -> Any:
-    """Puts the completions `rows` in the place of the sampled ones, with their log-probs under the policy."""
+def with_completions(policy: Any, generation: Any, tree: TokenTree, rows: Sequence[int]) -> Any:
+    """Returns `generation` with the completions `rows` of a tree in the place of the sampled ones, and their log-probs under `policy`."""
     device = generation.ids.device
     ids, lengths = (torch.as_tensor(table[list(rows)], device=device) for table in (tree.completions, tree.lengths))
     with torch.no_grad():

@@ -66,8 +66,13 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def model_score(model: Any) -> ScoreFunction:
-    """Returns the `score` of a transformers causal language model at temperature 1: one pass over the left-padded sequences."""
+def model_score(model: Any, temperature: float = 1.0) -> ScoreFunction:
+    """Returns the `score` of a transformers causal language model, one pass over the left-padded sequences.
+
+    Args:
+        model: the model.
+        temperature: the logits are divided by it.
+    """
 
     def score(prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Tensor:
         width, horizon = prompt_ids.shape[1], completion_ids.shape[1]
@@ -77,7 +82,7 @@ def model_score(model: Any) -> ScoreFunction:
         position_ids = (columns - start).clamp(min=0)
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
-        log_probs = logits[:, width - 1 : -1].log_softmax(dim=-1)
+        log_probs = (logits[:, width - 1 : -1] / temperature).log_softmax(dim=-1)
         chosen = log_probs.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
         return torch.where(columns[:horizon] < lengths.unsqueeze(1), chosen, torch.zeros_like(chosen))
 
