@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from textgym.agents.common.advantages import (
-    batch_mean_baseline,
     generalized_advantages,
     importance_weighted_returns,
     leave_one_out_baseline,
@@ -109,13 +108,12 @@ def stale(weights_of, baseline_of=None, **options):
     return loss_of
 
 
-OWN_SHARE = 1 - 1 / len(LAYOUT)  # the batch mean contains the own return
-
 ON_POLICY = {
     "whole return": (reinforce(lambda b: per_token(whole(b), b)), 1),
     "reward-to-go": (reinforce(to_go), 1),
-    "batch mean": (reinforce(lambda b: per_token(whole(b) - batch_mean_baseline(whole(b)), b)), OWN_SHARE),
-    "batch mean to go": (reinforce(lambda b: to_go(b) - batch_mean_baseline(to_go(b), b.lengths)), OWN_SHARE),
+    "own return in the mean": (reinforce(lambda b: per_token(whole(b) - whole(b).mean(), b)), 1 - 1 / len(LAYOUT)),
+    "mean of the others": (reinforce(lambda b: per_token(whole(b) - leave_one_out_baseline(whole(b), len(LAYOUT)), b)), 1),
+    "mean of the others to go": (reinforce(lambda b: to_go(b) - leave_one_out_baseline(to_go(b), len(LAYOUT), b.lengths)), 1),
     "leave-one-out": (reinforce(lambda b: per_token(whole(b) - leave_one_out_baseline(whole(b), GENERATIONS), b)), 1),
     "leave-one-out to go": (reinforce(lambda b: to_go(b) - leave_one_out_baseline(to_go(b), GENERATIONS, b.lengths)), 1),
     "moving average": (reinforce(lambda b: to_go(b) - moving_average(1.0, 2.0, decay=0.5)), 1),
