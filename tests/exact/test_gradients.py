@@ -160,7 +160,7 @@ def test_k3_in_the_loss_follows_the_reverse_kl(tree, reference):
     torch.testing.assert_close(k3_in_loss, reverse, atol=1e-12, rtol=0)
 
 
-def ascend(tree, reference, beta, estimator, steps=2500, learning_rate=0.1):
+def ascend(tree, reference, beta, estimator, steps=800, learning_rate=0.2):
     policy = Tabular(tree, reference)
     optimizer = torch.optim.Adam([policy.logits], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
