@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,6 @@ from tokenizers.models import WordLevel
 from textgym.bundled.build_reward_model import compare, measure, score_all, shift_scores, train_reward_model
 from textgym.bundled.grammar import PUNCTUATION, sample_review, to_text, vocabulary
 from textgym.bundled.true_reward import judge, true_reward
-
-if TYPE_CHECKING:
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
 PROMPT_WORDS = (2, 8)  # shortest and longest prompt
@@ -75,7 +72,7 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def wrap_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
+def wrap_tokenizer(tokenizer: Tokenizer) -> Any:
     """Returns the tokenizer as transformers' object."""
     from transformers import PreTrainedTokenizerFast
 
@@ -124,14 +121,14 @@ def training_rows(tokenizer: Tokenizer, rng: random.Random, rows: int, length: i
     return table
 
 
-def train_model(tokenizer: Tokenizer, rng: random.Random, steps: int) -> "GPT2LMHeadModel":
+def train_model(tokenizer: Tokenizer, rng: random.Random, steps: int) -> Any:
     """Trains the language model on fresh reviews: next-token cross-entropy, AdamW, cosine schedule."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
-    shape = {"n_positions": POSITIONS, "n_embd": 80, "n_layer": 2, "n_head": 4}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape: dict[str, Any] = {"n_positions": POSITIONS, "n_embd": 80, "n_layer": 2, "n_head": 4}
+    no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=eos, eos_token_id=eos, pad_token_id=pad, **shape, **no_dropout)
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -150,12 +147,12 @@ def train_model(tokenizer: Tokenizer, rng: random.Random, steps: int) -> "GPT2LM
     return model.eval()
 
 
-def sample_completions(model: "GPT2LMHeadModel", tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def sample_completions(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """Samples one completion per prompt from the model's own distribution, decoded without special tokens."""
     import torch
 
     eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
-    plain = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "do_sample": True, "pad_token_id": pad, "eos_token_id": eos}
+    plain: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "do_sample": True, "pad_token_id": pad, "eos_token_id": eos}
     texts = []
     for start in range(0, len(prompts), 256):
         encoded = [tokenizer.encode(prompt).ids for prompt in prompts[start : start + 256]]
@@ -195,9 +192,7 @@ def build(out: Path, seed: int, scale: Scale) -> dict[str, Any]:
     return manifest
 
 
-def build_reward_model(
-    model: "GPT2LMHeadModel", tokenizer: Tokenizer, prompts: Sequence[str], seed: int, scale: Scale
-) -> tuple["GPT2ForSequenceClassification", dict[str, float]]:
+def build_reward_model(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], seed: int, scale: Scale) -> tuple[Any, dict[str, float]]:
     """Trains the reward model on comparisons of the model's own completions and measures both models.
 
     Scores are shifted to mean zero on the model's completions of `prompts`.

@@ -6,7 +6,7 @@ without a KL penalty finds.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from textgym.bundled.true_reward import true_reward
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GPT2ForSequenceClassification
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -54,7 +53,7 @@ def compare(prompts: Sequence[str], completions: Sequence[Sequence[str]], rng: n
     return Comparisons(chosen, rejected, np.where(first_wins, margins, -margins))
 
 
-def score(model: "GPT2ForSequenceClassification", tokenizer: Tokenizer, texts: Sequence[str]) -> "torch.Tensor":
+def score(model: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> "torch.Tensor":
     """Returns the scores of texts, (B,), each read at its last token by length."""
     import torch
 
@@ -67,14 +66,14 @@ def score(model: "GPT2ForSequenceClassification", tokenizer: Tokenizer, texts: S
     return scores
 
 
-def train_reward_model(tokenizer: Tokenizer, comparisons: Comparisons, epochs: int, positions: int) -> "GPT2ForSequenceClassification":
+def train_reward_model(tokenizer: Tokenizer, comparisons: Comparisons, epochs: int, positions: int) -> Any:
     """Trains a one-layer one-label classifier: mean of -log sigmoid(r_chosen - r_rejected), AdamW, cosine schedule."""
     import torch
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    special = {name: tokenizer.token_to_id(f"<{name[:3]}>") for name in ("eos_token_id", "pad_token_id")}
-    shape = {"n_positions": positions, "n_embd": 32, "n_layer": 1, "n_head": 2, "num_labels": 1}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    special: dict[str, Any] = {name: tokenizer.token_to_id(f"<{name[:3]}>") for name in ("eos_token_id", "pad_token_id")}
+    shape: dict[str, Any] = {"n_positions": positions, "n_embd": 32, "n_layer": 1, "n_head": 2, "num_labels": 1}
+    no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2ForSequenceClassification(
         GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=None, **special, **shape, **no_dropout)
     )
@@ -97,7 +96,7 @@ def train_reward_model(tokenizer: Tokenizer, comparisons: Comparisons, epochs: i
     return model.eval()
 
 
-def score_all(model: "GPT2ForSequenceClassification", tokenizer: Tokenizer, texts: Sequence[str]) -> Floats:
+def score_all(model: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> Floats:
     """Returns the scores of any number of texts, without gradients."""
     import torch
 
@@ -106,7 +105,7 @@ def score_all(model: "GPT2ForSequenceClassification", tokenizer: Tokenizer, text
     return np.concatenate(parts).astype(np.float64)
 
 
-def shift_scores(model: "GPT2ForSequenceClassification", shift: float) -> None:
+def shift_scores(model: Any, shift: float) -> None:
     """Adds `shift` to every score. The head has no bias, so the bias of the layer norm before it moves along the head's direction."""
     import torch
 
@@ -115,7 +114,7 @@ def shift_scores(model: "GPT2ForSequenceClassification", shift: float) -> None:
         model.transformer.ln_f.bias += shift * direction / direction.square().sum()
 
 
-def measure(model: "GPT2ForSequenceClassification", tokenizer: Tokenizer, held_out: Comparisons) -> dict[str, float]:
+def measure(model: Any, tokenizer: Tokenizer, held_out: Comparisons) -> dict[str, float]:
     """Returns how well the scores agree with the true reward on held-out comparisons.
 
     `accuracy` is the share of pairs ordered as the true reward orders them (equal ones left out), `label_accuracy` the share ordered as the
