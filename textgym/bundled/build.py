@@ -111,7 +111,7 @@ def write_json_lines(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 def training_rows(tokenizer: Tokenizer, rng: random.Random, rows: int, length: int) -> npt.NDArray[np.int64]:
     """Returns (rows, length) ids: reviews one after the other, each closed by EOS; every row begins with the beginning of a review."""
-    eos = tokenizer.token_to_id(EOS)
+    eos = tokenizer.get_vocab()[EOS]
     table = np.empty((rows, length), dtype=np.int64)
     for row in table:
         ids: list[int] = []
@@ -126,7 +126,7 @@ def train_model(tokenizer: Tokenizer, rng: random.Random, steps: int) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    eos, pad = tokenizer.get_vocab()[EOS], tokenizer.get_vocab()[PAD]
     shape: dict[str, Any] = {"n_positions": POSITIONS, "n_embd": 80, "n_layer": 2, "n_head": 4}
     no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=eos, eos_token_id=eos, pad_token_id=pad, **shape, **no_dropout)
@@ -151,7 +151,7 @@ def sample_completions(model: Any, tokenizer: Tokenizer, prompts: Sequence[str],
     """Samples one completion per prompt from the model's own distribution, decoded without special tokens."""
     import torch
 
-    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    eos, pad = tokenizer.get_vocab()[EOS], tokenizer.get_vocab()[PAD]
     plain: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "do_sample": True, "pad_token_id": pad, "eos_token_id": eos}
     texts = []
     for start in range(0, len(prompts), 256):

@@ -38,8 +38,10 @@ class Comparisons(NamedTuple):
 
     def split(self, count: int) -> tuple["Comparisons", "Comparisons"]:
         """Returns the first `count` comparisons and the others."""
-        first = Comparisons(*(part[:count] for part in self))
-        return first, Comparisons(*(part[count:] for part in self))
+        return self._rows(slice(count)), self._rows(slice(count, None))
+
+    def _rows(self, rows: slice) -> "Comparisons":
+        return Comparisons(self.chosen[rows], self.rejected[rows], self.true_margins[rows])
 
 
 def compare(prompts: Sequence[str], completions: Sequence[Sequence[str]], rng: np.random.Generator) -> Comparisons:
