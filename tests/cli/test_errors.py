@@ -1,0 +1,87 @@
+"""Every mistake of the user's ends in one sentence on stderr, exit code 2, no traceback, and leaves nothing behind."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("train", "Missing argument"),
+        ("train dpo", "'dpo' is not one of 'ppo', 'reinforce'"),
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("train ppo --bata 1", "No such option: --bata"),
+        ("train ppo --beta much", "Invalid value for '--beta'"),
+        ("train ppo --beta -1", "--beta must be a number, 0 or above, not -1.0"),
+        ("train ppo --beta nan", "--beta must be a number"),
+        ("train ppo --temperature 0", "--temperature must be above 0"),
+        ("train ppo --total-timesteps 0", "--total-timesteps must be at least 1, not 0"),
+        ("train ppo --num-envs 0", "--num-envs must be at least 1, not 0"),
+        ("train ppo --max-new-tokens 0", "--max-new-tokens must be at least 1"),
+        ("train ppo --max-new-tokens 500", "the model has 192 positions"),
+        ("train ppo --max-prompt-tokens 2", "`max_prompt_tokens` = 2"),
+        ("train ppo --learning-rate -1", "--learning-rate must be"),
+        ("train ppo --reward-weight 1 --reward-weight 2", "--reward-weight must be given once per --reward: 1 times, not 2"),
+        ("train ppo --reward film-reviw", "Did you mean 'film-review'?"),
+        ("train ppo --reward no_such_module:reward", "no module 'no_such_module'"),
+        ("train ppo --reward json:no_such", "has no 'no_such'"),
+        ("train ppo --reward broken:reward", "could not be loaded: ZeroDivisionError"),
+        ("train ppo --reward unfinished:reward", "could not be loaded: SyntaxError"),
+        ("train ppo --true-reward nonsense", "--true-reward: `reward` must be"),
+        ("train ppo --model ./nowhere", "--model: `path`: there is no folder './nowhere'"),
+        ("train ppo --reference ./nowhere", "--reference: `path`: there is no folder './nowhere'"),
+        ("train ppo --reference other", "another vocabulary"),
+        ("train ppo --prompts nowhere.jsonl", "--prompts: `prompts` given as a path must be a file"),
+        ("train ppo --prompts one.jsonl", "give --eval-prompts"),
+        ("train ppo --eval-prompts bad.jsonl", "--eval-prompts: "),
+        ("train ppo --device gpu7", "--device gpu7 cannot be used here"),
+        ("train ppo --set clip_range", "--set takes NAME=VALUE"),
+        ("train ppo --set clip_rang=0.1", "Did you mean clip_range?"),
+        ("train ppo --set beta=1", "has an option of its own"),
+        ("train ppo --set n_epochs=0", "`n_epochs` must be"),
+        ("train ppo --set num_generations=7", "`num_generations` must divide"),
+        ("train ppo --resume nowhere", "there is no run"),
+        ("train ppo --out full", "--out full exists and is not empty"),
+        ("generate hi --model ./nowhere", "--model: `path`: there is no folder './nowhere'"),
+        ("generate --model other", "give a prompt"),
+        ("generate --top-p 2", "--top-p must be above 0 and at most 1, not 2.0"),
+        ("generate --temperature -1", "--temperature must be 0 or above"),
+        ("generate --num-generations 0", "--num-generations must be at least 1"),
+        ("generate --max-new-tokens 0", "--max-new-tokens must be at least 1"),
+        ("generate --prompts nowhere.jsonl", "must be a file"),
+        ("generate hello --prompts one.jsonl", "not from both"),
+        ("generate -", "no prompts on standard input"),
+        ("generate --max-new-tokens 500", "192"),
+    ],
+)
+def test_one_sentence(textgym, files, capsys, monkeypatch, arguments: str, sentence: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    before = sorted(Path().rglob("*"))
+    assert textgym(*arguments.split()) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1, output.err
+    assert output.err.startswith("textgym: ") and sentence in output.err
+    assert [path for path in sorted(Path().rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.fixture
+def files(save_model) -> None:
+    """What the commands above name, in the current folder."""
+    Path("broken.py").write_text("1 / 0\n")
+    Path("unfinished.py").write_text("def reward(:\n")
+    Path("one.jsonl").write_text(json.dumps({"prompt": "only one"}) + "\n")
+    Path("bad.jsonl").write_text("{no json\n")
+    Path("full").mkdir()
+    Path("full/file").touch()
+    save_model("other", 0)
+
+
+def test_a_mistake_in_textgym_itself_keeps_its_traceback(textgym, monkeypatch) -> None:
+    monkeypatch.setattr("textgym.cli.generate._prompts", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        from textgym.cli.main import main
+
+        main(["generate"])

@@ -1,0 +1,89 @@
+"""What a run shows at its end: the numbers before and after, and samples side by side."""
+
+from collections.abc import Sequence
+from textwrap import wrap
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from textgym.cli.measuring import Measurement, text_of
+from textgym.cli.run_folder import RunFolder
+
+SHOWN_SAMPLES = 6
+_TEXT_WIDTH = 60  # of each of the two columns in samples.txt
+
+_ROWS = (
+    ("reward", "reward (what was trained on)", "{:.3f}"),
+    ("true_reward", "true reward (only measured)", "{:.3f}"),
+    ("kl_per_sequence", "KL to the reference, nats per completion", "{:.2f}"),
+    ("length", "tokens per completion", "{:.1f}"),
+    ("ended", "completions that end by themselves", "{:.0%}"),
+)
+
+
+def _cell(measurement: Measurement, name: str, form: str) -> str:
+    value = getattr(measurement, name)
+    return "" if value is None else form.format(round(value, 6) + 0.0)  # a KL of rounding errors is 0, not -0
+
+
+def numbers_table(before: Measurement, after: Measurement) -> Table:
+    """Returns the means before and after training."""
+    table = Table(title="On held-out prompts")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, label, form in _ROWS:
+        if getattr(before, name) is not None:
+            table.add_row(label, _cell(before, name, form), _cell(after, name, form))
+    return table
+
+
+def samples_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
+    """Returns the first samples side by side, the prompt dimmed, each with its rewards."""
+    table = Table(title="The same prompts before and after", show_lines=True)
+    table.add_column("before", ratio=1)
+    table.add_column("after", ratio=1)
+    for pair in zip(before[:SHOWN_SAMPLES], after[:SHOWN_SAMPLES], strict=True):
+        table.add_row(*(f"[dim]{escape(text_of(row['prompt']))}[/dim]{escape(row['completion'])}\n{_scores(row)}" for row in pair))
+    return table
+
+
+def _scores(row: dict[str, Any]) -> str:
+    scores = ", ".join(f"{escape(name)} {value:.2f}" for name, value in row["rewards"].items())
+    return f"[cyan]{scores}[/cyan]"
+
+
+def samples_text(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> str:
+    """Returns the first samples side by side as plain text."""
+    lines = [f"{'BEFORE':<{_TEXT_WIDTH}} | AFTER"]
+    for first, second in zip(before[:SHOWN_SAMPLES], after[:SHOWN_SAMPLES], strict=True):
+        columns = [_text_lines(first), _text_lines(second)]
+        height = max(map(len, columns))
+        lines.append("-" * _TEXT_WIDTH + "-+-" + "-" * _TEXT_WIDTH)
+        padded = [column + [""] * (height - len(column)) for column in columns]
+        lines += [f"{left:<{_TEXT_WIDTH}} | {right}" for left, right in zip(*padded, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _text_lines(row: dict[str, Any]) -> list[str]:
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in row["rewards"].items())
+    return [*wrap(text_of(row["prompt"]) + row["completion"], _TEXT_WIDTH), f"({scores})"]
+
+
+def print_report(console: Console, folder: RunFolder, numbers: Table, samples: Table) -> None:
+    """Prints both tables and where everything lies."""
+    console.print(numbers)
+    console.print(samples)
+    contents = (
+        (folder.curves, "learning curves"),
+        (folder.model, f"the trained model: textgym generate --model {folder.path}"),
+        (folder.best_model, "the model with the best held-out reward"),
+        (folder.checkpoint, f"to train on: {folder.resume_command()} --total-timesteps N"),
+        (folder.tensorboard, f"tensorboard --logdir {folder.path}"),
+    )
+    console.print(f"Run folder: {folder.path}", style="bold", highlight=False, soft_wrap=True)
+    for path, note in contents:
+        if path.exists():
+            console.print(f"  {path.name:<14} {note}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,181 @@
+"""The folder of a training run: what lies where, and how to go on with it."""
+
+import csv
+import json
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from textgym.cli.errors import UserError
+from textgym.cli.settings import TrainSettings
+
+_PACKAGES = ("textgym", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
+
+
+class RunFolder:
+    """Where a run writes.
+
+    ========================  =====================================================================================
+    config.json               the settings, versions, and the date of the start
+    progress.csv              one row per iteration; `progress-2.csv`, ... after each resume
+    tensorboard/              the same as TensorBoard events
+    checkpoint/               the agent: continues exactly
+    model/                    the trained policy, as transformers (and `textgym generate --model RUN`) reads it
+    best-model/               the policy with the best held-out reward (at most at `--max-kl`)
+    samples-before.jsonl      held-out samples of the policy before training, with their rewards; `samples-after.jsonl` after it
+    samples.txt               the first six of both, side by side
+    summary.json              rewards and KL before and after
+    curves.png                reward, true reward and KL over timesteps
+    error.txt                 the traceback, where a reward or callback failed
+    ========================  =====================================================================================
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.checkpoint = path / "checkpoint"
+        self.model = path / "model"
+        self.best_model = path / "best-model"
+        self.tensorboard = path / "tensorboard"
+        self.summary = path / "summary.json"
+        self.curves = path / "curves.png"
+        self.samples_text = path / "samples.txt"
+        self.error = path / "error.txt"
+
+    @classmethod
+    def choose(cls, algorithm: str, out: Path | None, force: bool) -> "RunFolder":
+        """Returns the folder of a new run; nothing is written or removed yet.
+
+        Args:
+            algorithm: part of a chosen name.
+            out: the folder; None takes a new one, `runs/<algorithm>-<date>-<time>`.
+            force: the run that is in `out` may be replaced.
+
+        Raises:
+            UserError: `out` is there already and holds something (with `force`: something that is no run).
+        """
+        folder = cls(out or _new_path(Path("runs"), algorithm))
+        if folder._is_free():
+            return folder
+        if not force:
+            resume = f", or go on with it: {folder.resume_command()}" if folder.checkpoint.exists() else ""
+            raise UserError(f"--out {out} exists and is not empty: choose another folder, or replace it with --force{resume}")
+        if not folder.config.is_file():
+            raise UserError(f"--out {out} holds no run (there is no config.json in it), so --force does not replace it.")
+        return folder
+
+    def _is_free(self) -> bool:
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def create(self, settings: TrainSettings) -> None:
+        """Makes the folder, in the place of the run that is there, and writes `config.json`."""
+        if not self._is_free():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        document = {"settings": settings.to_json(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": _versions()}
+        write_json(self.config, document)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Opens the folder of an earlier run, to go on.
+
+        Raises:
+            UserError: there is none, or it has no checkpoint.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise UserError(f"--resume {path}: there is no run (no config.json in that folder).")
+        if not (folder.checkpoint / "agent.json").is_file():
+            raise UserError(f"--resume {path}: this run has no checkpoint yet; start it again.")
+        return folder
+
+    def settings(self) -> TrainSettings:
+        """Reads the settings of the run."""
+        try:
+            return TrainSettings.from_json(json.loads(self.config.read_text(encoding="utf-8"))["settings"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{self.config} is not the config of a run that this version can read ({error!r}).") from error
+
+    def change_settings(self, settings: TrainSettings) -> None:
+        """Replaces the settings in `config.json`; the rest of it stays."""
+        document = json.loads(self.config.read_text(encoding="utf-8"))
+        write_json(self.config, {**document, "settings": settings.to_json()})
+
+    def resume_command(self) -> str:
+        """Returns the command that goes on with the run."""
+        return f"textgym train {self.settings().algorithm} --resume {shlex.quote(str(self.path))}"
+
+    def metrics_suffix(self) -> str:
+        """Returns what to append to the name of the next `progress.csv`, so that none is overwritten."""
+        count = len(self.metrics_files())
+        return f"-{count + 1}" if count else ""
+
+    def metrics_files(self) -> list[Path]:
+        """Returns the metrics files in the order they were written."""
+        return sorted(self.path.glob("progress*.csv"), key=lambda path: (len(path.name), path.name))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Returns one dict per logged iteration with the numbers that it has.
+
+        Where a run was resumed from a checkpoint older than its last row, the rows after the checkpoint were trained again: the later
+        file holds.
+        """
+        rows: list[dict[str, float]] = []
+        for path in self.metrics_files():
+            with path.open(encoding="utf-8", newline="") as file:
+                fresh = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            first = fresh[0][TIMESTEPS] if fresh else float("inf")
+            rows = [row for row in rows if row[TIMESTEPS] < first] + fresh
+        return rows
+
+    def read_summary(self) -> dict[str, Any]:
+        """Returns what has been measured so far."""
+        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
+        return summary
+
+    def samples(self, when: str) -> Path:
+        """Returns the file of the samples `"before"` or `"after"` training."""
+        return self.path / f"samples-{when}.jsonl"
+
+
+TIMESTEPS = "time/total_timesteps"
+
+
+def _new_path(parent: Path, algorithm: str) -> Path:
+    """Returns a path that does not exist: two runs may start in the same second."""
+    path = parent / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    count = 1
+    while path.exists():
+        count += 1
+        path = path.with_name(f"{path.name.partition('_')[0]}_{count}")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a bare checkout
+            versions[package] = "unknown"
+    return versions
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes a JSON document."""
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes one JSON object per line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads one JSON object per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,203 @@
+"""`textgym train`: measure, train, measure again, and write everything into a run folder."""
+
+import sys
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from stable_baselines3.common.logger import Logger, make_output_format
+
+from textgym.agents.common.progress import ProgressCallback
+from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
+from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
+from textgym.cli.measuring import MeasuredEvaluation, Measurement, measure
+from textgym.cli.plots import plot_curves
+from textgym.cli.report import numbers_table, print_report, samples_table, samples_text
+from textgym.cli.run_folder import TIMESTEPS, RunFolder, read_json_lines, write_json, write_json_lines
+from textgym.cli.settings import TrainSettings
+from textgym.cli.workplace import check_device, check_options, check_positions, load_policies, make_environments, quiet_transformers
+from textgym.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from textgym.agents.base import OnPolicyAgent
+
+CHECKPOINTS_PER_RUN = 5
+_RESERVED = ("policy", "env", "learning_rate", "beta", "reference", "evaluation", "seed", "device", "tensorboard_log", "optimizer")
+Rows = list[dict[str, Any]]
+
+
+class Run:
+    """One training run: an agent, its environments and its folder."""
+
+    def __init__(self, agent: "OnPolicyAgent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
+        self.agent, self.environment, self.true_name = agent, environment, true_name
+        self.folder, self.settings = folder, settings
+        self.console = Console()
+
+    @classmethod
+    def start(cls, settings: TrainSettings, out: Path | None, force: bool) -> "Run":
+        """Makes a new run; its folder appears only when its options have proved right and its reward has scored completions."""
+        folder = RunFolder.choose(settings.algorithm, out, force)
+        agent_class = _agent_class(settings.algorithm)
+        check_options(settings.options, agent_class, _RESERVED)
+        policy, reference = load_policies(settings)
+        envs, held_out, rewards = make_environments(settings, policy.tokenizer)
+        check_positions((envs, held_out), policy)
+        try:
+            agent = agent_class(
+                policy,
+                envs,
+                learning_rate=settings.step_size,
+                beta=settings.beta,
+                reference=reference,
+                evaluation=_evaluation(settings, held_out, rewards.true_name, folder),
+                seed=settings.seed,
+                **settings.options,
+            )
+        except TypeError as error:
+            raise UserError(f"--set: {one_line(str(error))}") from error
+        run = cls(agent, held_out, rewards.true_name, folder, settings)
+        measurement, samples = run.measure("before")
+        folder.create(settings)
+        run.write_measurement("before", measurement, samples)
+        return run
+
+    @classmethod
+    def resume(cls, folder: RunFolder, settings: TrainSettings) -> "Run":
+        """Goes on with the run in `folder`."""
+        envs, held_out, rewards = make_environments(settings, load_tokenizer(folder.checkpoint / "model"))
+        evaluation = _evaluation(settings, held_out, rewards.true_name, folder)
+        device = check_device(settings.device)
+        agent = _agent_class(settings.algorithm).load(folder.checkpoint, env=envs, device=device, evaluation=evaluation)
+        return cls(agent, held_out, rewards.true_name, folder, settings)
+
+    def measure(self, when: str) -> tuple[Measurement, Rows]:
+        """Measures the policy `"before"` or `"after"` training."""
+        self.console.print(f"Measuring the policy {when} training on held-out prompts ...", style="dim")
+        return measure(self.agent, self.environment, self.true_name)
+
+    def write_measurement(self, when: str, measurement: Measurement, samples: Rows) -> None:
+        """Writes the numbers and the samples of a measurement."""
+        summary = {**self.folder.read_summary(), when: asdict(measurement), "timesteps": self.agent.num_timesteps}
+        write_json(self.folder.summary, summary)
+        write_json_lines(self.folder.samples(when), samples)
+
+    def train(self) -> None:
+        """Trains up to `total_timesteps`; a checkpoint is saved whatever ends it.
+
+        Raises:
+            typer.Exit: training was interrupted, or a reward or callback failed.
+        """
+        remaining = self.settings.total_timesteps - self.agent.num_timesteps
+        suffix = self.folder.metrics_suffix()
+        formats = [
+            make_output_format("csv", str(self.folder.path), suffix),
+            make_output_format("tensorboard", str(self.folder.tensorboard)),
+        ]
+        logger = Logger(str(self.folder.path), formats)
+        self.agent.set_logger(logger)
+        bar = ProgressCallback()
+        try:
+            with StopRequest() as request:
+                every = max(1, self.settings.total_timesteps // CHECKPOINTS_PER_RUN)
+                between = BetweenIterations(request, self.save_checkpoint, every)
+                self.agent.learn(remaining, callback=[between, bar], reset_num_timesteps=False)
+            self.save_checkpoint()
+        except (KeyboardInterrupt, TrainingStopped):
+            self._save_unfinished(bar)
+            self._interrupted()
+        except Exception as error:  # a reward of the user's may raise anything
+            self._save_unfinished(bar)
+            self._failed(error)
+        finally:
+            logger.close()
+
+    def save_checkpoint(self) -> None:
+        """Saves the agent, to continue from, and its model, to use."""
+        self.agent.save(self.folder.checkpoint)
+        self.agent.policy.save_pretrained(self.folder.model)
+
+    def _save_unfinished(self, bar: ProgressCallback) -> None:
+        """Keeps what there is of a training that did not come to its end: a checkpoint, the curves so far."""
+        if bar.locals:  # it was started
+            bar.on_training_end()
+        self.save_checkpoint()
+        self.plot()
+
+    def _interrupted(self) -> None:
+        done, total = self.agent.num_timesteps, self.settings.total_timesteps
+        self.console.print(
+            f"Stopped at {done:,} of {total:,} timesteps and saved. Go on with:\n  {self.folder.resume_command()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+    def _failed(self, error: Exception) -> None:
+        self.folder.error.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        fail(
+            f"{one_line(error)} (Training stopped at {self.agent.num_timesteps:,} timesteps and was saved; the traceback is in "
+            f"{self.folder.error}. When this is mended, go on with: {self.folder.resume_command()})"
+        )
+
+    def plot(self) -> None:
+        """Draws the curves of all metrics so far."""
+        title = f"{self.settings.algorithm.upper()}, beta {self.settings.beta:g}"
+        before = self.folder.read_summary().get("before", {})
+        names = {"reward": "eval/reward_mean", "true_reward": "eval/true_reward_mean", "kl_per_sequence": "eval/kl_per_sequence"}
+        start = {TIMESTEPS: 0.0, **{metric: before[name] for name, metric in names.items() if before.get(name) is not None}}
+        plot_curves([start, *self.folder.read_metrics()], self.folder.curves, title)
+
+    def finish(self) -> None:
+        """Measures the trained policy and reports."""
+        after, fresh = self.measure("after")
+        self.write_measurement("after", after, fresh)
+        self.plot()
+        before = Measurement(**self.folder.read_summary()["before"])
+        samples = [read_json_lines(self.folder.samples(when)) for when in ("before", "after")]
+        self.folder.samples_text.write_text(samples_text(*samples), encoding="utf-8")
+        print_report(self.console, self.folder, numbers_table(before, after), samples_table(*samples))
+
+
+def train(settings: TrainSettings, out: Path | None, force: bool) -> None:
+    """Runs `textgym train` from the start."""
+    quiet_transformers()
+    run = Run.start(settings.checked().with_absolute_paths(), out, force)
+    run.train()
+    run.finish()
+
+
+def resume(path: Path, algorithm: str, changes: dict[str, Any]) -> None:
+    """Runs `textgym train --resume`.
+
+    Args:
+        path: the run folder.
+        algorithm: as given on the command line; it must be the run's.
+        changes: settings that shall differ from the run's, which are saved as its own.
+    """
+    quiet_transformers()
+    folder = RunFolder.open(path)
+    settings = replace(folder.settings(), **changes).checked()
+    if settings.algorithm != algorithm:
+        raise UserError(f"--resume {path} is a run of {settings.algorithm}: textgym train {settings.algorithm} --resume {path}")
+    run = Run.resume(folder, settings)
+    if run.agent.num_timesteps >= settings.total_timesteps:
+        done = run.agent.num_timesteps
+        raise UserError(f"--resume {path}: this run has its {done:,} timesteps already; to go on, give a larger --total-timesteps.")
+    folder.change_settings(settings)
+    print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.total_timesteps:,} timesteps", file=sys.stdout)
+    run.train()
+    run.finish()
+
+
+def _agent_class(algorithm: str) -> Any:
+    from textgym import agents
+
+    return {"ppo": agents.PPO, "reinforce": agents.REINFORCE}[algorithm]
+
+
+def _evaluation(settings: TrainSettings, environment: Any, true_name: str | None, folder: RunFolder) -> MeasuredEvaluation:
+    return MeasuredEvaluation(environment, true_name, settings.evaluation_interval, folder.best_model, settings.max_kl)
