@@ -29,6 +29,7 @@ def textgym(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TestCommand:
     """Runs the command line in this process, in an empty folder, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("textgym.cli.measuring.EPISODES", EPISODES)
+    monkeypatch.setattr("textgym.cli.train.plot_curves", lambda rows, path, title: path.write_bytes(b"drawn in `finished`; takes a second"))
     return run_command
 
 
