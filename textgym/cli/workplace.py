@@ -151,7 +151,7 @@ def check_positions(environments: Sequence["VectorEnv[Any, Any, Any]"], policy: 
 
 def check_options(options: Mapping[str, Any], agent_class: type, reserved: Collection[str]) -> None:
     """Raises if `--set` names something that is no argument of the algorithm, or that the command sets itself."""
-    from textgym.agents.base import DEFAULTS
+    from textgym.agents.common.options import DEFAULTS
 
     own = [name for name in inspect.signature(agent_class).parameters if name not in ("options", *reserved)]
     possible = [*own, *(name for name in DEFAULTS if name not in reserved)]
