@@ -48,7 +48,7 @@ def batched_infos(rows: Sequence[Mapping[str, Any]]) -> Info:
         present = np.array([key in row for row in rows])
         values = [row.get(key) for row in rows]
         if key != "final_obs" and all(isinstance(value, dict) for value, there in zip(values, present, strict=True) if there):
-            result[key] = batched_infos([value if there else {} for value, there in zip(values, present, strict=True)])
+            result[key] = batched_infos([row.get(key, {}) for row in rows])
         else:
             result[key] = _column(values, present)
         result[f"_{key}"] = present
