@@ -1,6 +1,6 @@
 """A transformers causal LM taken apart: trunk (tokens to hidden states) and head (hidden states to logits over the tokenizer's V).
 
-Everything in this package that runs a model goes through `Backbone`, so the rules of DESIGN §4 are kept in one place: positions are
+Everything in this package that runs a model goes through `Backbone`, so the numerical laws are kept in one place: positions are
 always given, logits beyond the tokenizer's vocabulary are removed, dropout is off, and a LoRA reference runs with its adapter off.
 """
 

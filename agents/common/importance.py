@@ -1,4 +1,4 @@
-"""Importance weights for completions that an older policy sampled (SPEC: stale samples).
+"""Importance weights for completions that an older policy sampled.
 
 With ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t) the state s_t itself is reached with probability Π_{u<t} ρ_u times that under π_old, so the
 unbiased weight of token t is the whole product up to it. PPO's per-token ratio leaves out the product before t, and a truncated

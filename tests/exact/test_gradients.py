@@ -1,4 +1,4 @@
-"""Exact gradients of torch policies, and the statements of SPEC §2 about KL estimators, with nothing sampled."""
+"""Exact gradients of torch policies, and what holds of the KL estimators, with nothing sampled."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_score_of_the_wrong_shape_is_named(tree):
         completion_log_probs(tree, lambda prompt_ids, prompt_lengths, ids, lengths: ids[:, 0].float())
 
 
-# --- SPEC §2, exactly -----------------------------------------------------------------------------------------------------
+# --- KL estimators, exactly ----------------------------------------------------------------------------------------------------
 
 
 def log_ratios(policy, tree, reference):

@@ -1,4 +1,4 @@
-"""Token- and segment-level rewards: SPEC §7 by hand, and the law that stepping and whole sequences pay the same."""
+"""Token- and segment-level rewards: their sum by hand, and the law that stepping and whole sequences pay the same."""
 
 import functools
 import pickle

@@ -43,7 +43,7 @@ def test_rewards_and_infos_by_hand(make_env: Any, tabular_policy: Any, hand: Any
     assert final["kl_k2_per_sequence"] == pytest.approx((d**2 / 2).sum())
     assert final["kl_k3_per_sequence"] == pytest.approx((np.exp(-d) - 1 + d).sum())
     assert final["unshaped_return"] == pytest.approx(sum(plain))
-    assert final["shaped_return"] == pytest.approx(sum(plain) - beta * d.sum()), "SPEC §2: the sum is r - β Σ d"
+    assert final["shaped_return"] == pytest.approx(sum(plain) - beta * d.sum()), "the sum is r - β Σ d"
     assert final["shaped_return"] == pytest.approx(sum(reward for reward, _ in steps))
     assert final["beta"] == beta and final["completion_ids"] == TOKENS
 

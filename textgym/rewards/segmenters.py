@@ -1,4 +1,4 @@
-"""Where a segment of text ends, decided from the text so far (SPEC §7: nothing may look ahead).
+"""Where a segment of text ends, decided from the text so far: nothing may look ahead.
 
 A segmenter is a callable `segmenter(segment, segment_ids) -> bool`: `segment` is the text since the last segment ended, `segment_ids`
 its tokens; True means that the segment ends with its last token. It is asked once after every token. The end of the episode closes the
