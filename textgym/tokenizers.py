@@ -3,6 +3,7 @@
 Any transformers tokenizer serves. Nothing here imports transformers before a tokenizer is loaded from a path.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,15 +108,15 @@ def filler_token_id(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequenc
 def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[int]]) -> list[str]:
     """Returns the text of each id sequence without special tokens: what `tokenizer.decode` gives, for a whole batch at once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.clean_up_tokenization_spaces or _decodes_its_own_way(tokenizer):
+    if backend is None or tokenizer.clean_up_tokenization_spaces or not _decodes_as_usual(type(tokenizer)):
         return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
     # One by one: `decode_batch` hands each text to a pool of threads, which takes longer than decoding it, and which a fork would lose.
     return [backend.decode(ids, skip_special_tokens=True) for ids in sequences]
 
 
-def _decodes_its_own_way(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a subclass (or the object itself) replaces the decoding of transformers' fast tokenizers."""
+@functools.cache
+def _decodes_as_usual(kind: type) -> bool:
+    """Whether a class of tokenizers decodes as transformers' fast ones do (looked up once: an import in every call is slow)."""
     from transformers import PreTrainedTokenizerFast
 
-    kind, names = type(tokenizer), ("decode", "_decode")
-    return any(name in vars(tokenizer) or getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name) for name in names)
+    return all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode"))

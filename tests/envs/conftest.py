@@ -46,7 +46,7 @@ def _assert_equal(one: Any, other: Any, path: str = "") -> None:
             for i, (left, right) in enumerate(zip(one, other, strict=True)):
                 _assert_equal(left, right, f"{path}[{i}]")
         else:
-            np.testing.assert_array_equal(one, other, err_msg=path)
+            assert np.array_equal(one, other), f"{path}:\n{one}\n{other}"
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for i, (left, right) in enumerate(zip(one, other, strict=True)):
