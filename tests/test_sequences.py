@@ -253,7 +253,7 @@ def test_an_interrupt_comes_through_although_workers_are_gone(arguments: Any) ->
 
 
 class Counter(VectorEnv):
-    """A batched environment that cannot hold rows: pays its step count, and ends rows 0, 1, 2 after 1, 2, 3 steps."""
+    """A batched environment that cannot hold rows: pays its step count, terminates rows 0 and 1 after 1 and 3 steps and truncates row 2 after 2."""
 
     def __init__(self, mode: AutoresetMode) -> None:
         self.num_envs, self.metadata = N, {"autoreset_mode": mode}
@@ -266,23 +266,28 @@ class Counter(VectorEnv):
 
     def step(self, actions: Any) -> Any:
         self.steps += 1
-        over = self.steps >= np.array([1, 2, 3])
+        over = self.steps >= np.array([1, 3, 2])
+        cut = over & (np.arange(N) == 2)
         rewards, final, infos = self.steps.copy(), self.steps[:, None].copy(), {}
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and over.any():
             for i in np.flatnonzero(over):
                 infos = self._add_info(infos, {"final_obs": final[i], "final_info": {"steps": float(rewards[i])}, "new": True}, i)
         self.steps[over] = 0
-        return self.steps[:, None].copy(), rewards, over, np.zeros(N, dtype=bool), infos
+        return self.steps[:, None].copy(), rewards, over & ~cut, cut, infos
 
 
 def test_an_environment_that_cannot_hold_rows() -> None:
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
         envs = Counter(mode)
         envs.reset()
-        result = textgym.step_sequence(envs, TWOS, np.array([4, 4, 2]))
-        assert result.rewards.tolist() == [[1, 0, 0, 0], [1, 2, 0, 0], [1, 2, 0, 0]]
-        assert result.terminated.tolist() == [True, True, False] and result.lengths_used.tolist() == [1, 2, 2]
-    assert result.infos == [{"steps": 1.0}, {"steps": 2.0}, {}]
+        result = textgym.step_sequence(envs, TWOS, np.array([4, 4, 1]))
+        assert result.rewards.tolist() == [[1, 0, 0, 0], [1, 2, 3, 0], [1, 0, 0, 0]]
+        assert result.terminated.tolist() == [True, True, False] and result.lengths_used.tolist() == [1, 3, 1]
+        assert not result.truncated.any(), "row 2 was cut by the environment only after its part of the walk"
+    assert result.infos == [{"steps": 1.0}, {"steps": 3.0}, {}]
+    envs.reset()
+    result = textgym.step_sequence(envs, TWOS, np.array([4, 4, 4]))
+    assert result.truncated.tolist() == [False, False, True] and result.lengths_used.tolist() == [1, 3, 2]
     envs.reset()
     with SequenceWalk(envs) as walk:
         observations, _ = walk.step([2, 2, 2])

@@ -406,6 +406,10 @@ def test_every_row_needs_a_reset_afterwards(kind: str, mode: AutoresetMode) -> N
     envs.reset(seed=1)
     again, *_ = envs.step(np.full(N, 3))
     assert (again["input_ids"][:, 3] == 3).all(), "the first step after the reset was not a step"
+    if mode != AutoresetMode.DISABLED:
+        envs.step(np.full(N, EOS))
+        *_, infos = envs.step(np.full(N, EOS))
+        assert infos["_prompt_index"].all(), "rows are not reset any more when they end"
     envs.reset(seed=0)
     textgym.step_sequence(envs, actions, np.array([1, 2, T, T]))
     if not kind.startswith("async"):  # an error in a worker closes it, and tells so on the standard error stream

@@ -78,9 +78,20 @@ def test_partial_resets_begin_new_accounts_for_their_rows_only(make_envs: Any, t
     options = {"reset_mask": np.array([True, False, False]), "prompt_index": [1, 1, 1]}
     envs.reset(options=options)
     assert set(options) == {"reset_mask", "prompt_index"}, "the caller's options were changed"
+    assert policy.rows == 3
     *_, infos = envs.step(np.array([1, 1, 1]))
     expected = [hand(policy, reference, prompt, tokens).sum() for prompt, tokens in (([5], [1]), ([5], [8, 1]), ([6, 7], [8, 1]))]
     np.testing.assert_allclose(infos["kl_per_sequence"], expected)
+
+
+def test_wrappers_above_still_find_the_reset_mask(make_env: Any, tabular_policy: Any) -> None:
+    """`SyncVectorEnv` takes it out of the options."""
+    sync = SyncVectorEnv([make_env] * N, autoreset_mode=AutoresetMode.DISABLED)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(VectorKLShaping(sync, tabular_policy(1), tabular_policy(2)))
+    envs.reset(seed=0)
+    envs.step(np.full(N, 2))
+    envs.reset(options={"reset_mask": np.array([True, False, False])})
+    assert envs.episode_lengths.tolist() == [0, 1, 1]
 
 
 def test_beta_of_a_row_is_that_of_its_episodes_start(make_envs: Any, tabular_policy: Any) -> None:
@@ -114,6 +125,8 @@ def test_held_rows_are_not_scored(make_envs: Any, tabular_policy: Any) -> None:
     envs.hold_rows(None)
     envs.step(np.full(N, 2))
     assert policy.rows == 5
+    *_, infos = envs.step(np.full(N, 1))
+    np.testing.assert_allclose(infos["kl_per_token"], infos["kl_per_sequence"] / [2, 3, 3])
 
 
 def plan(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
