@@ -253,7 +253,7 @@ def test_an_interrupt_comes_through_although_workers_are_gone(arguments: Any) ->
 
 
 class Counter(VectorEnv):
-    """A batched environment that cannot hold rows: pays its step count, terminates rows 0 and 1 after 1 and 3 steps and truncates row 2 after 2."""
+    """A batched environment that cannot hold rows. It pays step counts, terminates rows 0, 1 after 1, 3 steps, cuts row 2 after 2."""
 
     def __init__(self, mode: AutoresetMode) -> None:
         self.num_envs, self.metadata = N, {"autoreset_mode": mode}
