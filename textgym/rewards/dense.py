@@ -1,7 +1,11 @@
 """Rewards inside a completion: the decorators `token_level` and `segment_level`, and where segments end.
 
-With several rewards of segments r_t = Σ_k Σ_j 1[t = T_j^k] w_k R_k(x, y_≤t, j): reward k scores its segment j from the prefix that ends with it, and the score
-is paid at the segment's last token T_j^k. A token-level reward is the case in which every token is a segment.
+With several rewards of segments
+
+    r_t = Σ_k Σ_j 1[t = T_j^k] w_k R_k(x, y_≤t, j)
+
+reward k scores its segment j from the prefix that ends with it, and the score is paid at the segment's last token T_j^k. A token-level
+reward is the case in which every token is a segment.
 """
 
 import functools
