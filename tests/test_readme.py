@@ -26,8 +26,7 @@ def test_the_tree_names_every_file_and_nothing_else() -> None:
     assert block, "README.md shows no tree"
     told, folder = set(), ""
     for line in block.group(1).splitlines():
-        name = line.split("  ")[0].strip() if line.startswith(" ") else line.split()[0]
-        name = name.split()[0]
+        name = line.split()[0]
         if not line.startswith(" "):
             folder = name
         told.add(name if not line.startswith(" ") else folder + name)
