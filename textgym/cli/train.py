@@ -18,7 +18,15 @@ from textgym.cli.plots import plot_curves
 from textgym.cli.report import numbers_table, print_report, samples_table, samples_text
 from textgym.cli.run_folder import TIMESTEPS, RunFolder, read_json_lines, write_json, write_json_lines
 from textgym.cli.settings import TrainSettings
-from textgym.cli.workplace import check_device, check_options, check_positions, load_policies, make_environments, quiet_transformers
+from textgym.cli.workplace import (
+    check_device,
+    check_options,
+    check_positions,
+    limit_threads,
+    load_policies,
+    make_environments,
+    quiet_transformers,
+)
 from textgym.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ class Run:
         self.agent, self.environment, self.true_name = agent, environment, true_name
         self.folder, self.settings = folder, settings
         self.console = Console()
+        limit_threads(agent.policy)
 
     @classmethod
     def start(cls, settings: TrainSettings, out: Path | None, force: bool) -> "Run":

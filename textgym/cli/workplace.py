@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import random
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 MAX_HELD_OUT = 64  # prompts that are taken from a file of prompts where no file of held-out ones is given
 MAX_EVALUATION_ROWS = 64
+SMALL_MODEL = 2_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,19 @@ def load_policy(name: str, path: str, device: str, temperature: float = 1.0) -> 
         return CausalLMPolicy.from_pretrained(path, device=check_device(device), temperature=temperature)
     except (ValueError, OSError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
+
+
+def limit_threads(policy: "CausalLMPolicy") -> None:
+    """Computes a small model on the CPU with one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrices are too small to share out: the threads spend their time waiting for each other, and on a machine that has anything else to
+    do that made training ten times slower.
+    """
+    import torch
+
+    small = sum(parameter.numel() for parameter in policy.parameters()) < SMALL_MODEL
+    if small and policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def load_policies(settings: TrainSettings) -> tuple["CausalLMPolicy", "CausalLMPolicy | None"]:
