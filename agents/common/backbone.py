@@ -136,9 +136,10 @@ class Backbone:
         return logits if self._rescale is None else self._rescale(logits)
 
     def attention(self, visible: Tensor) -> Tensor:
-        """Turns a boolean mask (B, 1, queries, keys), True = visible, into what the attention kernel takes. Needs `dense_mask`."""
-        if self.config._attn_implementation == "sdpa":
-            return visible
+        """Turns a boolean mask (B, 1, queries, keys), True = visible, into what the attention kernels add. Needs `dense_mask`.
+
+        Eager attention takes nothing else; scaled-dot-product attention would turn a boolean mask into this one in every layer.
+        """
         bias = torch.zeros((), dtype=self.dtype, device=visible.device)
         return torch.where(visible, bias, torch.finfo(self.dtype).min)
 
