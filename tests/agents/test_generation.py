@@ -200,10 +200,12 @@ def test_extra_padding_changes_nothing(policy, device):
     assert torch.equal(wide.log_probs, expected.log_probs)
 
 
-def test_min_new_tokens_leaves_eos_out_of_the_distribution(policy):
+def test_min_new_tokens_leaves_eos_out_of_the_distribution(ending_policy):
+    policy = ending_policy
     generated = policy.generate(PROMPTS, 30, seed=0, num_generations=16, min_new_tokens=12)
-    assert generated.lengths.min() >= 12
-    assert (generated.lengths < 30).any()
+    ends = torch.tensor(policy.eos_token_ids, device=policy.device)
+    assert not torch.isin(generated.ids[:, :12], ends).any()
+    assert generated.lengths.min() == 13
     scores = policy.score(generated.prompt_ids, generated.prompt_lengths, generated.ids, generated.lengths, keep=generated.kept)
     torch.testing.assert_close(scores.log_probs, generated.log_probs, atol=1e-4, rtol=0)
     plain = policy.score(generated.prompt_ids, generated.prompt_lengths, generated.ids, generated.lengths)
@@ -226,11 +228,13 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_one(policy):
     assert one.finish_reasons.count("stop") > 0
 
 
-def test_an_action_mask_is_sampled_and_scored(policy, device):
+def test_an_action_mask_is_sampled_and_scored(ending_policy, device):
+    policy = ending_policy
     legal = torch.zeros(len(PROMPTS), policy.vocab_size, dtype=torch.bool, device=device)
     for row in range(len(PROMPTS)):
         legal[row, 3 + row :: 4] = True
     generated = policy.generate(PROMPTS, 12, seed=0, num_generations=4, action_mask=legal)
+    assert generated.lengths.min() < generated.lengths.max(), "some rows are dropped before others end"
     allowed = legal.repeat_interleave(4, 0)
     assert allowed.gather(1, generated.ids)[generated.completion_mask].all()
     assert torch.equal(unpack_kept(generated.kept, policy.vocab_size)[:, 0], allowed)

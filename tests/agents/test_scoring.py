@@ -177,6 +177,36 @@ def test_no_tensor_of_all_logits_exists(tiny_model, tokenizer, device, monkeypat
     assert chunked.elements <= policy.hidden_size * vocab_size, "nothing is larger than the gradient of the head's weight"
 
 
+def test_the_backward_pass_keeps_no_logits(policy, generated, monkeypatch):
+    def saved_logits():
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+            policy.score(*rows_of(generated), entropy=True)
+        # The extra outputs of the model come off before the distribution is made.
+        return sum(tensor.numel() for tensor in saved if tensor.is_floating_point() and tensor.shape[-1] == policy.vocab_size)
+
+    assert saved_logits() > 0
+    monkeypatch.setattr(scoring, "PLAIN_LOGITS", 0)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 7 * policy.vocab_size)
+    assert saved_logits() == 0
+
+
+def test_a_chosen_token_counts_as_kept(policy, generated):
+    """Rounding at the edge of a kept set must not make a token that was drawn impossible: the set then has one token more."""
+    prompt_ids, prompt_lengths = generated.prompt_ids[:1], generated.prompt_lengths[:1]
+    one = torch.ones_like(prompt_lengths)
+    plain = torch.cat([policy.score(prompt_ids, prompt_lengths, one[:, None] * v, one).log_probs for v in range(policy.vocab_size)])[:, 0]
+    order = plain.argsort(descending=True)
+    policy.sampling = Sampling(top_k=3)
+    for rank in (0, 2, 3, 20):
+        token = order[rank]
+        mass = plain[order[:3]].exp().sum() + (plain[token].exp() if rank >= 3 else 0)
+        scores = policy.score(prompt_ids, prompt_lengths, token[None, None], one, entropy=True)
+        torch.testing.assert_close(scores.log_probs[0, 0], plain[token] - mass.log(), atol=1e-4, rtol=0)
+        first, second = policy.paired_sequence_log_probs(policy, prompt_ids, prompt_lengths, token[None, None], one)
+        assert first == second == pytest.approx(scores.log_probs.item(), abs=1e-4)
+
+
 def test_the_head_is_applied_to_completion_tokens_only(policy, generated, monkeypatch):
     seen = []
     logits = policy.backbone.logits
@@ -222,6 +252,8 @@ def test_a_value_head_reads_the_hidden_states(policy, generated, device):
 
 def test_a_frozen_policy_gives_no_gradient(policy, generated):
     reference = policy.reference()
+    assert not reference.score(*rows_of(generated), entropy=True).log_probs.requires_grad
+    reference.requires_grad_(True)
     assert not reference.score(*rows_of(generated), entropy=True).log_probs.requires_grad
     assert policy.score(*rows_of(generated)).log_probs.requires_grad
     with torch.no_grad():
