@@ -5,15 +5,20 @@ from typing import Any
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
+from textgym.agents.common.checks import check_number
+
 
 def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
-    """Returns a number or a function of the progress remaining as a schedule.
+    """Returns a number of at least 0, or a function of the progress remaining, as a schedule.
 
     Raises:
         ValueError: `value` is neither; the message calls it `name`.
     """
-    if isinstance(value, bool) or not (isinstance(value, int | float) or callable(value)):
-        raise ValueError(f"`{name}` must be a number or a function of the progress remaining (1 → 0), got {value!r}.")
+    if not callable(value):
+        try:
+            check_number(name, value, 0)
+        except ValueError as error:
+            raise ValueError(f"{error} A function of the progress remaining (1 → 0) is taken too.") from None
     return FloatSchedule(value)
 
 

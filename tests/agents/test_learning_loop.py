@@ -293,6 +293,8 @@ BAD = {
     "beta": ({"beta": -1.0}, "`beta`"),
     "critic": ({"critic": "big"}, "`critic`"),
     "clip": ({"clip_range": "wide"}, "`clip_range`"),
+    "negative clip": ({"clip_range": -1.0}, "`clip_range`"),
+    "critic's rate": ({"critic_learning_rate": -1.0}, "`critic_learning_rate`"),
     "norm": ({"max_grad_norm": 0.0}, "`max_grad_norm`"),
     "micro": ({"micro_batch_size": 0}, "`micro_batch_size`"),
     "gamma": ({"gamma": 1.5}, "`gamma`"),
