@@ -108,7 +108,8 @@ def filler_token_id(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequenc
 def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[int]]) -> list[str]:
     """Returns the text of each id sequence without special tokens: what `tokenizer.decode` gives, for a whole batch at once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.clean_up_tokenization_spaces or not _decodes_as_usual(type(tokenizer)):
+    kind: Any = type(tokenizer)
+    if backend is None or tokenizer.clean_up_tokenization_spaces or not _decodes_as_usual(kind):
         return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
     # One by one: `decode_batch` hands each text to a pool of threads, which takes longer than decoding it, and which a fork would lose.
     return [backend.decode(ids, skip_special_tokens=True) for ids in sequences]
