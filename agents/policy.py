@@ -42,7 +42,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         top_k: see `Sampling`.
         top_p: see `Sampling`.
         min_p: see `Sampling`.
-        device: where the model goes; "auto" takes a GPU if there is one. A model spread by `device_map` stays where it is.
+        device: where the model goes; "auto" takes a GPU if there is one. A model that was loaded with a `device_map` is not moved.
         eos_token_ids: the ids that end a completion; by default the tokenizer's.
         seed: of the policy's own random generator, which serves whenever no seed or generator is given; None seeds it from the system.
 
@@ -138,7 +138,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         frozen.frozen = True
         return frozen
 
-    frozen_copy = reference
+    frozen_copy = reference  # what `ActorCriticAdapter` calls it
 
     @property
     def is_adapter(self) -> bool:

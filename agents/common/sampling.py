@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # tokens; any size gives the same distribution
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -93,7 +95,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
     One number per row is enough, so a row's draw depends on nothing but its own logits and its own number: the batch can be split,
-    shuffled or thinned out without changing what any row gets. The sums run in float64, so that the rarest tokens keep their probability.
+    shuffled or thinned out without changing what any row gets. Cumulative sums run in float64, so that the rarest tokens keep their
+    probability; first over blocks of the vocabulary, then inside the block that was hit, which touches a large vocabulary only once.
 
     Args:
         logits: float32, -inf outside the kept set, (B, V).
@@ -103,15 +106,36 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         tokens (B,) int64 and their log-probs (B,) float32, under softmax(logits).
     """
     top = logits.amax(-1, keepdim=True)
-    cumulative = (logits - top).exp_().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:].contiguous()
-    tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
-    # u * total can round up to the total itself; the last token of positive probability is then the right one.
-    last = torch.searchsorted(cumulative, total)
-    # Not a number in, an index past the end out; the log-prob says so, which an index error on an accelerator would not.
-    tokens = torch.minimum(tokens, last).clamp_(max=logits.shape[-1] - 1)
+    tokens, total = _invert_blocks((logits - top).exp_(), uniforms.unsqueeze(-1))
     log_probs = logits.gather(-1, tokens) - top - total.log().float()
     return tokens.squeeze(-1), log_probs.squeeze(-1)
+
+
+def _invert_blocks(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the token (B, 1) at a fraction (B, 1) of the sum of `weights` (B, V) float32, and that sum (B, 1) float64."""
+    vocab_size = weights.shape[-1]
+    if vocab_size <= BLOCK:
+        wide = weights.double()
+        return _invert(wide, fraction)[0], wide.sum(-1, keepdim=True)
+    weights = torch.nn.functional.pad(weights, (0, -vocab_size % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = weights.sum(-1).double()
+    block, fraction = _invert(sums, fraction)
+    inside = weights.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
+    tokens = block * BLOCK + _invert(inside.double(), fraction)[0]
+    # Where the model gave no numbers (NaN), any token will do, but it must be one.
+    return tokens.clamp_(max=vocab_size - 1), sums.sum(-1, keepdim=True)
+
+
+def _invert(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the cell (B, 1) of `weights` (B, N) at a fraction (B, 1) of their sum, never one of weight 0, and the fraction of it."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    target = fraction * total
+    cell = torch.searchsorted(cumulative, target, right=True)
+    # By rounding the target can reach the total; the last cell of positive weight is then the right one.
+    cell = torch.minimum(cell, torch.searchsorted(cumulative, total)).clamp_(max=weights.shape[-1] - 1)
+    weight = weights.gather(1, cell)
+    return cell, (target - (cumulative.gather(1, cell) - weight)) / weight
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -381,3 +381,10 @@ def test_learned_positions_run_out_with_a_clear_message(policy):
         return
     with pytest.raises(ValueError, match=r"needs 153 positions .* but the model has 128"):
         policy.generate(PROMPTS, 130)
+
+
+def test_broken_weights_are_named(policy):
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(ValueError, match="`model` gave logits that are not finite"):
+        policy.generate(PROMPTS, 5)

@@ -69,28 +69,40 @@ def test_wrong_settings_are_refused(settings, message):
         Sampling(**settings)
 
 
-def test_draws_follow_the_distribution_exactly():
-    logits = random_logits(rows=1, vocab_size=30)
-    draws = 100_000
+@pytest.mark.parametrize("vocab_size", [30, 1024, 3000])
+def test_draws_follow_the_distribution_exactly(vocab_size):
+    logits = random_logits(rows=1, vocab_size=vocab_size)
+    draws = 100_000 if vocab_size < 1000 else 10_000
     # A grid of numbers instead of random ones: every count is then within one of its expectation.
     grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     tokens, log_probs = draw(logits.expand(draws, -1), grid)
-    counts = torch.bincount(tokens, minlength=30)
+    counts = torch.bincount(tokens, minlength=vocab_size)
     expected = logits[0].double().softmax(-1) * draws
     assert (counts - expected).abs().max() <= 1.0
     torch.testing.assert_close(log_probs, logits[0].log_softmax(-1)[tokens], atol=1e-5, rtol=0)
 
 
-def test_draws_never_leave_the_kept_set():
-    logits = torch.full((4, 6), -torch.inf)
-    logits[:, 2], logits[:, 4] = 0.3, -30.0
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 3900), (1100, 1101), (1100, 2600)])
+def test_draws_never_leave_the_kept_set(first, second):
+    logits = torch.full((4, 4000), -torch.inf)
+    logits[:, first], logits[:, second] = 0.3, -10.0
     uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
     tokens, _ = draw(logits, uniforms)
-    assert tokens.tolist() == [2, 2, 4, 4]
-    logits[:, 4] = -torch.inf
+    assert tokens.tolist() == [first, first, second, second]
+    logits[:, second] = -torch.inf
     tokens, log_probs = draw(logits, uniforms)
-    assert tokens.tolist() == [2, 2, 2, 2]
+    assert tokens.tolist() == [first] * 4
     assert log_probs.tolist() == [0.0] * 4
+
+
+def test_rare_tokens_keep_their_probability():
+    """A token of probability 1e-9 is hit by the numbers in its interval, which float32 sums would not resolve."""
+    logits = torch.tensor([[0.0, -20.723, 0.0, 0.0]])  # 1/3, 3.3e-10, 1/3, 1/3
+    share = logits.double().softmax(-1)[0]
+    edges = share.cumsum(0)
+    uniforms = torch.stack((edges[0] - 1e-12, edges[0] + 1e-12, edges[1] - 1e-12, edges[1] + 1e-12))
+    tokens, _ = draw(logits.expand(4, -1), uniforms)
+    assert tokens.tolist() == [0, 1, 1, 2]
 
 
 def test_a_row_is_drawn_alone():
