@@ -1,0 +1,227 @@
+"""Certifies the bundled on-policy agents in full (docs/exact.md), and prints the tables.
+
+    python benchmarks/certify.py [--agents NAME ...] [--seeds 5] [--rollouts 400] [--jobs 2] [--out result.json]
+
+Part (a): each agent is trained on the hard tree of five seeds, with one setting for all of them and a learning rate that falls
+to 0; the worst total variation to π* must stay within 0.02. Part (b), for every baseline: the mean of 400 sampled first-step
+gradients at a policy far from π* must be the exact policy gradient within its standard error, and the expected gradient, with
+nothing sampled, to four digits. The exit status says whether all of it holds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from textgym.agents import PPO, REINFORCE, CausalLMPolicy
+from textgym.exact import TokenTree, hard_tree
+from textgym.exact.certification import (
+    FixedPoint,
+    Setup,
+    certify_fixed_point,
+    compare_gradients,
+    exact_setup_gradient,
+    expected_gradient,
+    make_setup,
+    sampled_gradients,
+)
+
+BOUND = 0.02  # of the worst total variation
+DEVIATIONS = 4.0  # of a sampled gradient, in standard errors
+PRECISION = 1e-4  # of an expected gradient, relative: float32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An agent with the setting it is certified at.
+
+    Attributes:
+        agent_class: the algorithm.
+        options: what makes it this variant; part (b) uses them too.
+        training: further options of part (a).
+        learning_rate: at the start; it falls linearly to 0.
+        num_envs: completions per rollout.
+        tokens: to train for.
+    """
+
+    agent_class: type[PPO] | type[REINFORCE]
+    options: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-3
+    num_envs: int = 768
+    tokens: int = 3_000_000
+
+
+CANDIDATES = {
+    "ppo": Candidate(PPO, {"critic": "separate"}, {"n_epochs": 2, "batch_size": 384, "gae_lambda": 0.95}),
+    "reinforce-leave-one-out": Candidate(REINFORCE, {"baseline": "leave_one_out", "num_generations": 8}),
+    "reinforce-value": Candidate(REINFORCE, {"baseline": "value", "critic": "separate"}),
+}
+
+# Part (b): every baseline, and PPO as it is before its second step. (class, options, completions per rollout of the expected gradient)
+GRADIENTS: dict[str, tuple[type[PPO] | type[REINFORCE], dict[str, Any], int]] = {
+    "ppo": (PPO, {"n_epochs": 1, "gae_lambda": 1.0}, 1),
+    "ppo, separate critic": (PPO, {"n_epochs": 1, "gae_lambda": 1.0, "critic": "separate"}, 1),
+    "reinforce, none": (REINFORCE, {"baseline": "none"}, 1),
+    "reinforce, none, whole return": (REINFORCE, {"baseline": "none", "reward_to_go": False}, 1),
+    "reinforce, batch mean": (REINFORCE, {"baseline": "batch_mean", "num_generations": 2}, 2),
+    "reinforce, moving average": (REINFORCE, {"baseline": "moving_average"}, 1),
+    "reinforce, value": (REINFORCE, {"baseline": "value"}, 1),
+    "reinforce, leave-one-out": (REINFORCE, {"baseline": "leave_one_out", "num_generations": 2}, 2),
+    "reinforce, leave-one-out, whole return": (REINFORCE, {"baseline": "leave_one_out", "num_generations": 2, "reward_to_go": False}, 2),
+}
+
+
+def make_agent(setup: Setup, agent_class: Callable[..., Any], **options: Any) -> Any:
+    """Makes an agent as certification wants it: with the setup's reference, and the gradient's norm unclipped."""
+    device = setup.model.device
+    policy = CausalLMPolicy(setup.model, setup.tokenizer, device=device)
+    reference = CausalLMPolicy(setup.reference, setup.tokenizer, device=device).reference()
+    return agent_class(policy, setup.envs, beta=setup.beta, reference=reference, seed=setup.seed, max_grad_norm=None, **options)
+
+
+def train(run: tuple[str, int], tokens: int | None, device: str) -> FixedPoint:
+    """Part (a) for one agent and seed."""
+    name, seed = run
+    candidate = CANDIDATES[name]
+
+    def make(setup: Setup) -> Any:
+        options = candidate.options | candidate.training
+        return make_agent(setup, candidate.agent_class, learning_rate=lambda left: candidate.learning_rate * left, **options)
+
+    return certify_fixed_point(make, seed=seed, num_envs=candidate.num_envs, total_timesteps=tokens or candidate.tokens, device=device)
+
+
+def with_random_critic(setup: Setup, agent_class: Callable[..., Any], **options: Any) -> Any:
+    """As `make_agent`; the critic's values are far from 0 and from right: the gradient must not depend on them."""
+    agent = make_agent(setup, agent_class, learning_rate=1e-3, **options)
+    torch.manual_seed(0)
+    for parameter in agent.critic.parameters() if agent.critic is not None else ():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return agent
+
+
+def enumerable_tree() -> TokenTree:
+    """Returns a tree with four completions of one to three tokens for each of two prompts: groups of them can be enumerated."""
+    return TokenTree(2, 3, 1, [[0], [0, 0]], lambda i, y: float(np.sin(3 * len(y) + 2 * sum(y) + i)) + 3 * i)
+
+
+def gradient(name: str, rollouts: int, device: str) -> dict[str, float]:
+    """Part (b) for one agent: the relative error of its expected gradient, and how its sampled ones compare."""
+    agent_class, options, group = GRADIENTS[name]
+    make = partial(with_random_critic, agent_class=agent_class, **options)
+    tiny = make_setup(enumerable_tree(), seed=0, num_envs=group, displaced=True, device=device)
+    exact = exact_setup_gradient(tiny)
+    found = expected_gradient(make, tiny, group=group, before_rollout=preset_average)
+    setup = make_setup(hard_tree(0), seed=0, num_envs=192, displaced=True, device=device)
+    comparison = compare_gradients(sampled_gradients(make, setup, rollouts), exact_setup_gradient(setup))
+    slope, residual = comparison.deviations()
+    return {
+        "expected_error": float((found - exact).norm() / exact.norm()),
+        **comparison._asdict(),
+        "slope_deviation": slope,
+        "residual_deviation": residual,
+    }
+
+
+def preset_average(agent: Any) -> None:
+    """Keeps a moving average where it is: it may depend on the past, but not on which completion is enumerated next."""
+    agent.load_extra_state({"average_return": 1.5})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    runs = [(name, seed) for name in options.agents for seed in range(options.seeds)]
+    names = list(GRADIENTS) if options.rollouts else []
+    with each_in(options.jobs) as parallel:
+        trained = print_fixed_points(runs, parallel(partial(train, tokens=options.tokens, device=options.device), runs))
+        gradients = print_gradients(names, parallel(partial(gradient, rollouts=options.rollouts, device=options.device), names))
+    passed = all(point.worst <= BOUND for _, point in trained) and all(gradient_passes(values) for values in gradients.values())
+    print(f"\n{'certified' if passed else 'NOT CERTIFIED'}: total variation within {BOUND}, gradients within {DEVIATIONS} standard errors")
+    if options.out:
+        result = {
+            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, {options.device}, torch {torch.__version__}",
+            "fixed_points": [{"agent": name, "worst": point.worst, **point._asdict()} for name, point in trained],
+            "gradients": gradients,
+            "certified": passed,
+        }
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+@contextmanager
+def each_in(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Gives a `map` that works in `jobs` processes; one job runs here."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield pool.map
+
+
+def print_fixed_points(runs: list[tuple[str, int]], points: Iterable[FixedPoint]) -> list[tuple[str, FixedPoint]]:
+    """Prints a row per run as it comes in, then the worst of each agent."""
+    if runs:
+        print("agent                     seed  TV start  TV worst        J     J*     KL    KL*   queries  seconds")
+    found = []
+    for (name, seed), point in zip(runs, points, strict=True):
+        found.append((name, point))
+        print(
+            f"{name:25} {seed:4d}  {min(point.start):8.3f}  {point.worst:8.4f}  {point.objective:7.4f}  {point.optimum:5.3f}  "
+            f"{point.kl:5.3f}  {point.optimal_kl:5.3f}  {point.reward_queries:8,}  {point.seconds:7.0f}",
+            flush=True,
+        )
+    for name in dict.fromkeys(name for name, _ in runs):
+        print(f"{name:25} worst of {sum(n == name for n, _ in runs)} seeds: {max(p.worst for n, p in found if n == name):.4f}")
+    return found
+
+
+def gradient_passes(values: dict[str, float]) -> bool:
+    """Whether a gradient is the exact one as far as can be seen."""
+    within = max(abs(values["slope_deviation"]), abs(values["residual_deviation"])) < DEVIATIONS
+    return within and values["expected_error"] < PRECISION
+
+
+def print_gradients(names: list[str], results: Iterable[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Prints a row per agent as it comes in."""
+    if names:
+        print("\nfirst-step gradient                      expected: error   sampled: slope ± error   residual ± error   error of the mean")
+    found = {}
+    for name, values in zip(names, results, strict=True):
+        found[name] = values
+        print(
+            f"{name:40} {values['expected_error']:15.1e}   {values['slope']:14.4f} ± {values['slope_error']:.4f}"
+            f"   {values['residual']:9.2f} ± {values['residual_error']:.2f}   {values['norm_error']:16.1%}",
+            flush=True,
+        )
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description="Certify the bundled on-policy agents against exactly solved token MDPs.")
+    result.add_argument("--agents", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES), help="agents of part (a); default: all")
+    result.add_argument("--seeds", type=int, default=5, help="seeds of part (a); default: 5")
+    result.add_argument("--tokens", type=int, default=None, help="tokens of each run of part (a); default: what the agent needs")
+    result.add_argument("--rollouts", type=int, default=400, help="sampled gradients of part (b), 0 leaves it out; default: 400")
+    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
+    result.add_argument("--device", default="cpu", help="where the models are; default: cpu")
+    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
