@@ -50,7 +50,7 @@ class Candidate:
         agent_class: the algorithm.
         options: what makes it this variant; part (b) uses them too.
         training: further options of part (a).
-        learning_rate: at the start; it falls linearly to 0.
+        learning_rate: at the start; it falls to 0 with the square of the progress remaining: plateaus are left early, noise dies out late.
         num_envs: completions per rollout.
         tokens: to train for.
     """
@@ -58,13 +58,15 @@ class Candidate:
     agent_class: type[PPO] | type[REINFORCE]
     options: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 1e-3
-    num_envs: int = 768
-    tokens: int = 3_000_000
+    learning_rate: float = 4e-3
+    num_envs: int = 1536
+    tokens: int = 5_000_000
 
 
 CANDIDATES = {
-    "ppo": Candidate(PPO, {"critic": "separate"}, {"n_epochs": 2, "batch_size": 384, "gae_lambda": 0.95}),
+    "ppo": Candidate(
+        PPO, {"critic": "separate"}, {"n_epochs": 2, "batch_size": 384, "gae_lambda": 0.95}, learning_rate=2e-3, tokens=2_000_000
+    ),
     "reinforce-leave-one-out": Candidate(REINFORCE, {"baseline": "leave_one_out", "num_generations": 8}),
     "reinforce-value": Candidate(REINFORCE, {"baseline": "value", "critic": "separate"}),
 }
@@ -98,7 +100,7 @@ def train(run: tuple[str, int], tokens: int | None, device: str) -> FixedPoint:
 
     def make(setup: Setup) -> Any:
         options = candidate.options | candidate.training
-        return make_agent(setup, candidate.agent_class, learning_rate=lambda left: candidate.learning_rate * left, **options)
+        return make_agent(setup, candidate.agent_class, learning_rate=lambda left: candidate.learning_rate * left**2, **options)
 
     return certify_fixed_point(make, seed=seed, num_envs=candidate.num_envs, total_timesteps=tokens or candidate.tokens, device=device)
 
