@@ -10,7 +10,6 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.base import Beta, OnPolicyAgent
 from textgym.agents.common.advantages import generalized_advantages
 from textgym.agents.common.batches import RolloutBatch, minibatches
 from textgym.agents.common.checks import check_choice, check_count, check_number
@@ -20,10 +19,11 @@ from textgym.agents.common.masking import Reduction, masked_mean, masked_whiten
 from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.rollout_scores import RolloutScores, score_in_parts, score_rollout
 from textgym.agents.common.schedules import as_schedule
+from textgym.agents.online import Beta, OnlineAgent
 from textgym.agents.policy import CausalLMPolicy
 
 
-class PPO(OnPolicyAgent):
+class PPO(OnlineAgent):
     """Proximal policy optimisation of a language model, one token a step.
 
         L = −E[min(ρ_t Â_t, clip(ρ_t, 1−ε, 1+ε) Â_t)] + c₁ ½ E[(V(s_t) − R̂_t)²] − c₂ E[H(π(·|s_t))]

@@ -10,7 +10,6 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.base import Beta, OnPolicyAgent
 from textgym.agents.common.advantages import importance_weighted_returns, leave_one_out_baseline, moving_average, rewards_to_go
 from textgym.agents.common.batches import RolloutBatch, minibatches
 from textgym.agents.common.checks import check_choice, check_count, check_number
@@ -20,13 +19,14 @@ from textgym.agents.common.losses import entropy_bonus, reinforce_loss, value_lo
 from textgym.agents.common.masking import masked_mean
 from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.rollout_scores import score_in_parts, score_rollout
+from textgym.agents.online import Beta, OnlineAgent
 from textgym.agents.policy import CausalLMPolicy
 
 Baseline: TypeAlias = Literal["none", "batch_mean", "moving_average", "value", "leave_one_out"]
 Importance: TypeAlias = Literal["cumulative", "truncated", "token"]
 
 
-class REINFORCE(OnPolicyAgent):
+class REINFORCE(OnlineAgent):
     """The Monte Carlo policy gradient of a language model.
 
         ∇J = E Σ_t ∇log π(a_t|s_t) (R_t − b_t)
@@ -193,7 +193,7 @@ class REINFORCE(OnPolicyAgent):
 
     def _beta_in_rewards(self, batch: RolloutBatch) -> float:
         """β as the rewards of this rollout carry it; whitening would have rescaled them."""
-        return self.kl_shaping[0].beta if self.kl_shaping and not self.whiten_rewards else 0.0
+        return 0.0 if self.whiten_rewards else self.current_beta
 
     @torch.no_grad()
     def estimate(self, rollout: RolloutBatch, returns: Tensor, *, rescore: bool) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class RolloutBatch:
         unshaped_returns: (B,) float32, the summed rewards without the KL term.
         kl_per_sequence: (B,) float32, Σ_t log π − log π_ref in nats; NaN where nothing measured it.
         num_generations: G, completions per prompt.
+        reference_log_probs: (B, T) float32, log π_ref of the tokens, zero on padding; only for agents that apply β themselves.
         kept: (B, T, ceil(V/8)) uint8 bits of the tokens that truncated sampling kept, or None for the whole vocabulary.
         steps: the observations step by step, only if they are not the concatenation of prompt and completion.
         infos: the final info of each episode.
@@ -60,6 +61,7 @@ class RolloutBatch:
     unshaped_returns: Tensor
     kl_per_sequence: Tensor
     num_generations: int = 1
+    reference_log_probs: Tensor | None = None
     kept: Tensor | None = None
     steps: StepObservations | None = None
     infos: Sequence[Info] = ()
@@ -86,7 +88,7 @@ class RolloutBatch:
         """Returns the rows `rows` (an index tensor), without the columns that none of them uses."""
         chosen = {f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         length, prompt_length = int(chosen["lengths"].max()), int(chosen["prompt_lengths"].max())
-        for name in ("completion_ids", "log_probs", "rewards", "kept"):
+        for name in ("completion_ids", "log_probs", "reference_log_probs", "rewards", "kept"):
             if name in chosen:
                 chosen[name] = chosen[name][:, :length]
         chosen["prompt_ids"] = chosen["prompt_ids"][:, chosen["prompt_ids"].shape[1] - prompt_length :]

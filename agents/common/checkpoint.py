@@ -6,6 +6,7 @@ reference/              the frozen reference (absent where it is the policy with
 critic/                 the value function, where there is one
 optimizer.safetensors   the optimiser's tensors
 generator.safetensors   the state of the sampling generator
+extra.safetensors       further tensors of the algorithm (a replay, a target network), where it has some
 """
 
 import json
@@ -24,28 +25,14 @@ from textgym.agents.policy import CausalLMPolicy
 from textgym.kl import AdaptiveKLController
 
 if TYPE_CHECKING:
-    from textgym.agents.base import OnPolicyAgent
+    from textgym.agents.base import Agent
 
 FORMAT = 1
-BASE_ARGUMENTS = (
-    "learning_rate",
-    "critic_learning_rate",
-    "gamma",
-    "rollout_size",
-    "num_generations",
-    "micro_batch_size",
-    "max_grad_norm",
-    "missing_eos_penalty",
-    "whiten_rewards",
-    "tensorboard_log",
-    "verbose",
-    "seed",
-    "stats_window_size",
-)
-AgentT = TypeVar("AgentT", bound="OnPolicyAgent")
+EXTRA_FILE = "extra.safetensors"
+AgentT = TypeVar("AgentT", bound="Agent")
 
 
-def save_agent(agent: "OnPolicyAgent", path: Path) -> None:
+def save_agent(agent: "Agent", path: Path) -> None:
     """Writes `agent` to the folder `path`; what is there is replaced only when all of the new checkpoint is on the disk."""
     path.mkdir(parents=True, exist_ok=True)
     fresh = path / ".saving"
@@ -60,6 +47,9 @@ def save_agent(agent: "OnPolicyAgent", path: Path) -> None:
     tensors, optimizer_state = _split_tensors(agent.optimizer.state_dict())
     save_file(tensors, fresh / "optimizer.safetensors")
     save_file({"sampling": agent.sampling_generator.get_state()}, fresh / "generator.safetensors")
+    extra = agent.extra_tensors()
+    if extra:
+        save_file({name: tensor.contiguous() for name, tensor in extra.items()}, fresh / EXTRA_FILE)
     document = {
         "format": FORMAT,
         "class": type(agent).__name__,
@@ -82,29 +72,41 @@ def _move_in(fresh: Path, path: Path) -> None:
     fresh.rmdir()
 
 
-def _reference_kind(agent: "OnPolicyAgent") -> str:
+def _reference_kind(agent: "Agent") -> str:
+    if agent.reference is None:
+        return "none"
     if not isinstance(agent.reference, CausalLMPolicy):
         return "given"
     return "adapter_off" if agent.reference.model is agent.policy.model else "saved"
 
 
-def _arguments(agent: "OnPolicyAgent") -> dict[str, Any]:
+def _arguments(agent: "Agent") -> dict[str, Any]:
     """The constructor's arguments as JSON; a function that has no JSON form is left as null and must be given to `load` again."""
-    arguments = {name: schedule_to_json(getattr(agent, name)) for name in (*BASE_ARGUMENTS, *agent.saved_arguments)}
-    beta = agent.beta
-    arguments["beta"] = {"adaptive": beta.state_dict()} if isinstance(beta, AdaptiveKLController) else schedule_to_json(beta)
+    names = [name for cls in type(agent).__mro__ for name in vars(cls).get("saved_arguments", ())]
+    arguments = {name: _to_json(getattr(agent, name)) for name in names}
     functions = [name for name in arguments if arguments[name] is None and getattr(agent, name) is not None]
     return {"values": arguments, "functions": functions}
 
 
-def _state(agent: "OnPolicyAgent") -> dict[str, Any]:
+def _to_json(value: Any) -> Any:
+    return {"adaptive": value.state_dict()} if isinstance(value, AdaptiveKLController) else schedule_to_json(value)
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and "adaptive" in value:
+        state = value["adaptive"]
+        return AdaptiveKLController(state["value"], state["target"], state["horizon"])
+    return schedule_from_json(value)
+
+
+def _state(agent: "Agent") -> dict[str, Any]:
     return {
         "num_timesteps": agent.num_timesteps,
         "total_timesteps": agent._total_timesteps,
         "n_updates": agent._n_updates,
         "progress_remaining": agent._current_progress_remaining,
         "episodes": list(agent.ep_info_buffer or []),
-        "prompt_order": None if agent.prompt_order is None else agent.prompt_order.state_dict(),
+        "position": agent.position(),
         "minibatches": agent.minibatch_generator.bit_generator.state,
         "evaluation": None if agent.evaluation is None else agent.evaluation.state_dict(),
         "sampling": asdict(agent.policy.sampling),
@@ -138,11 +140,7 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
         ValueError: there is no checkpoint, it is another class's, or an argument that has to be given again is missing.
     """
     document = _read(cls, path)
-    values = {name: schedule_from_json(value) for name, value in document["arguments"]["values"].items()}
-    adaptive = values["beta"]
-    if isinstance(adaptive, dict):
-        state = adaptive["adaptive"]
-        values["beta"] = AdaptiveKLController(state["value"], state["target"], state["horizon"])
+    values = {name: _from_json(value) for name, value in document["arguments"]["values"].items()}
     missing = [name for name in document["arguments"]["functions"] if name not in changes]
     if missing:
         raise ValueError(f"{path} was saved with functions for {missing}, which a checkpoint cannot hold; pass them to `load` again.")
@@ -155,9 +153,10 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
             changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **sampling).reference()
     if (path / "critic").is_dir():
         changes["critic"] = Critic.load(path / "critic", policy)
-    agent = cls(policy, None, **{**values, **changes})
+    make: Any = cls  # the constructors of online and offline agents differ behind their second argument
+    agent: AgentT = make(policy, None, **{**values, **changes})
     if env is not None:
-        agent.set_env(env)
+        agent.connect(env)
     _restore(agent, path, document)
     return agent
 
@@ -174,7 +173,7 @@ def _read(cls: type[Any], path: Path) -> dict[str, Any]:
     return document
 
 
-def _restore(agent: "OnPolicyAgent", path: Path, document: dict[str, Any]) -> None:
+def _restore(agent: "Agent", path: Path, document: dict[str, Any]) -> None:
     state = document["state"]
     agent.optimizer.load_state_dict(_join_tensors(load_file(path / "optimizer.safetensors"), document["optimizer"]))
     agent.sampling_generator.set_state(load_file(path / "generator.safetensors")["sampling"])
@@ -182,8 +181,10 @@ def _restore(agent: "OnPolicyAgent", path: Path, document: dict[str, Any]) -> No
     agent._total_timesteps, agent._current_progress_remaining = state["total_timesteps"], state["progress_remaining"]
     agent.restore_episode_statistics(state["episodes"])
     agent.minibatch_generator.bit_generator.state = state["minibatches"]
-    if state["prompt_order"] is not None:
-        agent.restore_prompt_order(state["prompt_order"])
+    if state["position"] is not None:
+        agent.restore_position(state["position"])
     if agent.evaluation is not None and state["evaluation"] is not None:
         agent.evaluation.load_state_dict(state["evaluation"])
     agent.load_extra_state(state["extra"])
+    if (path / EXTRA_FILE).exists():
+        agent.load_extra_tensors(load_file(path / EXTRA_FILE, device=str(agent.policy.device)))

@@ -15,7 +15,7 @@ from textgym.types import Info
 from textgym.wrappers.finding import find_kl_shaping
 
 if TYPE_CHECKING:
-    from textgym.agents.base import OnPolicyAgent
+    from textgym.agents.base import Agent
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Evaluation:
         self.iterations = 0
         self.last: EvaluationResult | None = None
 
-    def after_iteration(self, agent: "OnPolicyAgent") -> None:
+    def after_iteration(self, agent: "Agent") -> None:
         """Called by the agent after each of its iterations."""
         self.iterations += 1
         if self.iterations % self.interval == 0:
             self.run(agent)
 
-    def run(self, agent: "OnPolicyAgent") -> EvaluationResult:
+    def run(self, agent: "Agent") -> EvaluationResult:
         """Evaluates now, logs, and saves the model if it is the best so far."""
         result = evaluate_policy(agent.policy, self.env, agent.reference, episodes=self.episodes, seed=self.seed)
         self.last = result

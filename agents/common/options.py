@@ -1,4 +1,4 @@
-"""The options that every on-policy agent takes by keyword, and their defaults."""
+"""The options that agents take by keyword, and their defaults."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypedDict
@@ -12,37 +12,26 @@ from textgym.agents.common.evaluation import Evaluation
 OptimizerFactory: TypeAlias = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
-class AgentOptions(TypedDict, total=False):
-    """Options that every on-policy agent takes by keyword, with their defaults.
+class CommonOptions(TypedDict, total=False):
+    """Options that every agent takes by keyword, with their defaults.
 
     Attributes:
-        rollout_size: completions per iteration; a multiple of the number of environments (default: that number).
-        num_generations: completions per prompt, neighbours in a batch (default 1).
-        micro_batch_size: completions per forward and backward pass; smaller needs less memory and changes no gradient
-            (default: the whole minibatch).
+        micro_batch_size: completions (offline: examples) per forward and backward pass; smaller needs less memory and changes no
+            gradient (default: the whole minibatch).
         max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
-        critic_learning_rate: of the critic alone, a number or a schedule; a fresh head wants more than a trained policy bears
-            (default: the policy's).
-        optimizer: a function from parameters (or groups of them) to an optimiser (default Adam with eps 1e-5, detail 18 of Huang et
-            al. 2023).
-        missing_eos_penalty: subtracted from the reward of a completion that does not end in EOS (default 0: J is unchanged).
-        whiten_rewards: scale the rewards of a rollout to variance 1, the mean kept (default False: J is unchanged).
+        optimizer: a function from parameters (or groups of them) to an optimiser (default Adam with eps 1e-5, detail 3 of Huang et
+            al. 2022).
         evaluation: an `Evaluation` on held-out prompts (default None).
         tensorboard_log: folder of TensorBoard logs (default None).
         verbose: 1 prints the log table of each iteration (default 0).
         device: where the policy is trained; "auto" leaves it where it is (default "auto").
-        seed: of sampling, prompt order and minibatches (default: fresh entropy).
+        seed: of sampling, the order of prompts or examples, and minibatches (default: fresh entropy).
         stats_window_size: episodes in the rolling means `rollout/ep_rew_mean` and `rollout/ep_len_mean` (default 100).
     """
 
-    rollout_size: int | None
-    num_generations: int
     micro_batch_size: int | None
     max_grad_norm: float | None
-    critic_learning_rate: float | Schedule | None
     optimizer: OptimizerFactory
-    missing_eos_penalty: float
-    whiten_rewards: bool
     evaluation: Evaluation | None
     tensorboard_log: str | None
     verbose: int
@@ -51,20 +40,34 @@ class AgentOptions(TypedDict, total=False):
     stats_window_size: int
 
 
+class AgentOptions(CommonOptions, total=False):
+    """Further options that every online agent takes by keyword, with their defaults.
+
+    Attributes:
+        rollout_size: completions per iteration; a multiple of the number of environments (default: that number).
+        num_generations: completions per prompt, neighbours in a batch (default 1).
+        critic_learning_rate: of the critic alone, a number or a schedule; a fresh head wants more than a trained policy bears
+            (default: the policy's).
+        missing_eos_penalty: subtracted from the reward of a completion that does not end in EOS (default 0: J is unchanged).
+        whiten_rewards: scale the rewards of a rollout to variance 1, the mean kept (default False: J is unchanged).
+    """
+
+    rollout_size: int | None
+    num_generations: int
+    critic_learning_rate: float | Schedule | None
+    missing_eos_penalty: float
+    whiten_rewards: bool
+
+
 def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The default optimiser: Adam with eps 1e-5; its learning rate is set before every update."""
     return torch.optim.Adam(parameters, lr=0.0, eps=1e-5)
 
 
-DEFAULTS: AgentOptions = {
-    "rollout_size": None,
-    "num_generations": 1,
+COMMON_DEFAULTS: CommonOptions = {
     "micro_batch_size": None,
     "max_grad_norm": 1.0,
-    "critic_learning_rate": None,
     "optimizer": adam,
-    "missing_eos_penalty": 0.0,
-    "whiten_rewards": False,
     "evaluation": None,
     "tensorboard_log": None,
     "verbose": 0,
@@ -72,18 +75,38 @@ DEFAULTS: AgentOptions = {
     "seed": None,
     "stats_window_size": 100,
 }
+DEFAULTS: AgentOptions = {
+    **COMMON_DEFAULTS,
+    "rollout_size": None,
+    "num_generations": 1,
+    "critic_learning_rate": None,
+    "missing_eos_penalty": 0.0,
+    "whiten_rewards": False,
+}
 
 
 def with_defaults(options: AgentOptions) -> AgentOptions:
-    """Fills in the defaults and refuses what is not an option or out of range."""
-    unknown = set(options) - set(DEFAULTS)
-    if unknown:
-        raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {sorted(DEFAULTS)}.")
+    """Fills in the defaults of an online agent and refuses what is not an option or out of range."""
     settings: AgentOptions = {**DEFAULTS, **options}
-    for name in ("rollout_size", "num_generations", "micro_batch_size"):
+    _check_common(settings, set(options) - set(DEFAULTS), sorted(DEFAULTS))
+    for name in ("rollout_size", "num_generations"):
         if settings[name] is not None:
             check_count(name, settings[name], "completions")
-    if settings["max_grad_norm"] is not None:
-        check_number("max_grad_norm", settings["max_grad_norm"], 0, above=True)
     check_number("missing_eos_penalty", settings["missing_eos_penalty"])
     return settings
+
+
+def with_common_defaults(options: CommonOptions) -> CommonOptions:
+    """Fills in the defaults of an offline agent and refuses what is not an option or out of range."""
+    settings: CommonOptions = {**COMMON_DEFAULTS, **options}
+    _check_common(settings, set(options) - set(COMMON_DEFAULTS), sorted(COMMON_DEFAULTS))
+    return settings
+
+
+def _check_common(settings: CommonOptions, unknown: set[str], known: list[str]) -> None:
+    if unknown:
+        raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {known}.")
+    if settings["micro_batch_size"] is not None:
+        check_count("micro_batch_size", settings["micro_batch_size"], "completions")
+    if settings["max_grad_norm"] is not None:
+        check_number("max_grad_norm", settings["max_grad_norm"], 0, above=True)

@@ -125,3 +125,15 @@ def score_in_parts(
     joined = [join(list(column)) for column in zip(*parts, strict=True)]
     assert joined[0] is not None
     return RolloutScores(joined[0], *joined[1:])
+
+
+@torch.no_grad()
+def reference_log_probs(reference: CausalLMPolicy, batch: RolloutBatch, part_size: int | None = None) -> Tensor:
+    """Returns log π_ref(a_t|s_t) of a rollout's tokens, at the temperature and over the kept sets that were sampled from, (B, T).
+
+    Args:
+        reference: the frozen reference.
+        batch: episodes.
+        part_size: rows per pass; None for all at once.
+    """
+    return score_in_parts(reference, batch, part_size=part_size).log_probs

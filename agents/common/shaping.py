@@ -63,17 +63,20 @@ def _same_beta(coefficient: KLCoefficient, beta: Any) -> bool:
     return coefficient.controller is None and coefficient.schedule is None and coefficient.value == float(beta)
 
 
-def set_schedule_progress(wrappers: list[AnyKLShaping], progress_remaining: float) -> None:
-    """Moves a scheduled β to the progress remaining (1 → 0); others stay."""
-    for wrapper in wrappers:
-        wrapper.set_progress(progress_remaining)
+def refuse_kl_shaping(envs: VectorEnv, algorithm: str) -> None:
+    """Raises a `ValueError` if `envs` has KL shaping: `algorithm` applies β itself, and would apply it twice."""
+    if find_kl_shaping(envs):
+        raise ValueError(
+            f"`env` must not have KLShaping for {algorithm}, which applies `beta` itself: the penalty would count twice. "
+            "Leave the wrapper away."
+        )
 
 
-def move_adaptive_beta(wrappers: list[AnyKLShaping], kl_per_sequence: Tensor) -> None:
+def move_adaptive_beta(coefficients: list[KLCoefficient], kl_per_sequence: Tensor) -> None:
     """Tells each adaptive controller the mean KL of a rollout, once: rows that share a controller move it together."""
     measured = kl_per_sequence[~kl_per_sequence.isnan()]
     if not len(measured):
         return
-    controllers = {id(w.controller): w.controller for w in wrappers if isinstance(w.controller, AdaptiveKLController)}
+    controllers = {id(c.controller): c.controller for c in coefficients if c.controller is not None}
     for controller in controllers.values():
         controller.update(float(measured.double().mean()), len(measured))

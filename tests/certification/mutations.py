@@ -33,7 +33,7 @@ class Mutation:
 
 LOSSES, MASKING = "textgym.agents.common.losses", "textgym.agents.common.masking"
 ADVANTAGES, IMPORTANCE = "textgym.agents.common.advantages", "textgym.agents.common.importance"
-REINFORCE, PPO, BASE = "textgym.agents.reinforce:REINFORCE", "textgym.agents.ppo:PPO", "textgym.agents.base:OnPolicyAgent"
+REINFORCE, PPO, BASE = "textgym.agents.reinforce:REINFORCE", "textgym.agents.ppo:PPO", "textgym.agents.online:OnlineAgent"
 SHAPING = "textgym.wrappers.shaping:ShapingState"
 
 
@@ -246,7 +246,8 @@ AGENT_MUTATIONS = [
              "np.repeat(", "np.tile(", "certification/test_updates_by_hand.py::test_groups_share_a_prompt[mixed lengths]"),
     Mutation("rollout: EOS masked out", "textgym.agents.common.batches:RolloutBatch.completion_mask",
              "< self.lengths[:, None]", "< self.lengths[:, None] - 1", agent("REINFORCE, no baseline")),
-    Mutation("gradient accumulated over updates", f"{BASE}.update", "self.optimizer.zero_grad(set_to_none=True)", "pass", PPO_UPDATE),
+    Mutation("gradient accumulated over updates", "textgym.agents.base:Agent.step",
+             "self.optimizer.zero_grad(set_to_none=True)", "pass", PPO_UPDATE),
     Mutation("environment: reward on the first token", "textgym.envs.sequences:walk_sequences",
              "rewards[finished, used[finished] - 1] += totals", "rewards[finished, 0] += totals", agent("REINFORCE, no baseline")),
     Mutation("environment: reward one token late, on the padding", "textgym.envs.sequences:walk_sequences",

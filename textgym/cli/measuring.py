@@ -10,7 +10,7 @@ from textgym.agents.common.evaluation import Evaluation, EvaluationResult, evalu
 from textgym.prompts import PromptText
 
 if TYPE_CHECKING:
-    from textgym.agents.base import OnPolicyAgent
+    from textgym.agents.base import Agent
 
 EPISODES = 200  # of the measurement before and after training: standard errors of a few hundredths
 SEED = 20_000  # of those episodes: before and after see the same prompts in the same order
@@ -40,7 +40,7 @@ def true_rewards(result: EvaluationResult, true_name: str) -> float:
     return float(np.nanmean([info["rewards"][true_name] for info in result.infos]))
 
 
-def measure(agent: "OnPolicyAgent", environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
+def measure(agent: "Agent", environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
     """Returns the means and one row per episode: prompt, completion, finish_reason, rewards and KL."""
     result = evaluate_policy(agent.policy, environment, agent.reference, episodes=EPISODES, seed=SEED)
     measurement = Measurement(
@@ -70,7 +70,7 @@ class MeasuredEvaluation(Evaluation):
         super().__init__(env, interval=interval, best_model_path=best_model_path, max_kl=max_kl)
         self.true_name = true_name
 
-    def run(self, agent: "OnPolicyAgent") -> EvaluationResult:
+    def run(self, agent: "Agent") -> EvaluationResult:
         """Evaluates now, and logs."""
         result = super().run(agent)
         if self.true_name is not None:

@@ -30,7 +30,7 @@ from textgym.cli.workplace import (
 from textgym.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from textgym.agents.base import OnPolicyAgent
+    from textgym.agents.online import OnlineAgent
 
 CHECKPOINTS_PER_RUN = 5
 _RESERVED = ("policy", "env", "learning_rate", "beta", "reference", "evaluation", "seed", "device", "tensorboard_log", "optimizer")
@@ -40,7 +40,7 @@ Rows = list[dict[str, Any]]
 class Run:
     """One training run: an agent, its environments and its folder."""
 
-    def __init__(self, agent: "OnPolicyAgent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
+    def __init__(self, agent: "OnlineAgent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
         self.agent, self.environment, self.true_name = agent, environment, true_name
         self.folder, self.settings = folder, settings
         self.console = Console()
