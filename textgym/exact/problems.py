@@ -22,7 +22,9 @@ def hard_tree(seed: int = 0, vocab_size: int = 5, horizon: int = 3) -> TokenTree
     if vocab_size < 3:
         raise ValueError(f"`vocab_size` must be at least 3 (EOS and two words for the prompts), got {vocab_size}.")
     words = vocab_size - 1
-    prompts = [[0], [1, 0], [1 % words, 2 % words, 0]]
+    # No prompt begins another: with [1, 0] and [1, 0, 0] the state after token 0 of the one would be the start of the other, and a
+    # language model, which sees tokens only, could not be right at both.
+    prompts = [[0], [1, 0], [1, min(2, words - 1), 0]]
     shape = TokenTree(vocab_size, horizon, words, prompts, lambda i, y: 0.0)
     rewards = np.random.default_rng(seed).standard_normal(shape.rewards.shape) + np.array([[0.0], [3.0], [-3.0]])
     return TokenTree(vocab_size, horizon, words, prompts, rewards)
