@@ -61,6 +61,13 @@ def task(device: str) -> Task:
     return Task(tree, device, CountingReward(tree))
 
 
+@pytest.fixture
+def small_task(device: str) -> Task:
+    """Seven completions a prompt: what an agent learns in seconds, whatever the seed."""
+    tree = hard_tree(0, vocab_size=3, horizon=2)
+    return Task(tree, device, CountingReward(tree))
+
+
 class SubtractLength(gym.vector.VectorRewardWrapper):
     """A user's reward wrapper in vector form: every token costs 0.5."""
 
