@@ -59,6 +59,26 @@ def test_optimum_maximises_the_objective(tree, reference):
         assert (objective(tree, other, reference, HARD_TREE_BETA) < best).all()
 
 
+@pytest.mark.parametrize("gamma", [0.5, 0.9, 1.0])
+def test_optimum_with_a_discount(tree, reference, gamma):
+    """E[γ^(T−1) r − β Σ_t γ^t log(π/π_ref)(a_t|s_t)], summed over all completions, is V*(s_0) at π*, and less elsewhere."""
+    solution = soft_solution(tree, reference, HARD_TREE_BETA, gamma)
+
+    def discounted(policy):
+        ratios = (tree.token_log_probs(policy) - tree.token_log_probs(reference)) * gamma ** np.arange(tree.horizon)
+        returns = tree.rewards * gamma ** (tree.lengths - 1) - HARD_TREE_BETA * ratios.sum(axis=-1)
+        return (np.exp(tree.log_probs(policy)) * returns).sum(axis=-1)
+
+    np.testing.assert_allclose(discounted(solution.policy), solution.state_values[:, 0])
+    np.testing.assert_allclose(discounted(solution.policy), solution.objective)
+    np.testing.assert_allclose(HARD_TREE_BETA * solution.log_z, solution.objective)
+    np.testing.assert_allclose(tree.log_probs(solution.policy), solution.log_probs, atol=1e-12)
+    rng = np.random.default_rng(0)
+    for scale in (0.01, 0.1, 1.0, 5.0):
+        other = normalised(solution.policy + scale * rng.standard_normal(solution.policy.shape))
+        assert (discounted(other) < solution.objective).all()
+
+
 def test_distance_to_the_optimum_in_reward_is_a_kl(tree, reference):
     """J(π*) − J(π) = β KL(π ‖ π*) for every π: an identity that ties J, KL and π* together."""
     policy = tree.random_policy(7)

@@ -12,14 +12,14 @@ from textgym.exact.tree import Table, TokenTree
 
 
 class SoftSolution(NamedTuple):
-    """The maximiser of J(π) = E[r] − β KL(π ‖ π_ref) and its soft values.
+    """The maximiser of J(π) = E[r] − β KL(π ‖ π_ref) and its soft values; with γ < 1, of E[Σ_t γ^t (r_t − β log(π/π_ref)(a_t|s_t))].
 
     Attributes:
         log_probs: log π*(y|x), (N, C).
         policy: log π*(a|s), tabular, (N, S, V).
-        log_z: log Z(x), (N,).
+        log_z: log Z(x), (N,); with γ < 1, V*(s_0)/β.
         state_values: V*(s) = β log Σ_a π_ref(a|s) exp(Q*(s,a)/β), (N, S); V*(s_0) = β log Z(x).
-        action_values: Q*(s,a), (N, S, V): the reward where a ends the completion, else V* of the next state.
+        action_values: Q*(s,a), (N, S, V): the reward where a ends the completion, else γ V* of the next state.
         objective: J(π*) = β log Z(x), (N,).
     """
 
@@ -47,26 +47,33 @@ class HardSolution(NamedTuple):
     greedy: Table
 
 
-def soft_solution(tree: TokenTree, reference: Any, beta: float) -> SoftSolution:
-    """Solves the KL-regularised problem in closed form, π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x).
+def soft_solution(tree: TokenTree, reference: Any, beta: float, gamma: float = 1.0) -> SoftSolution:
+    """Solves the KL-regularised problem: in closed form, π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x), for γ = 1, else by backward induction.
 
     Args:
         tree: the MDP.
         reference: π_ref.
         beta: β > 0, in reward per nat.
+        gamma: γ, discount per token, of the reward and of the KL terms.
     """
     if not beta > 0:
         raise ValueError(f"`beta` must be positive (`hard_solution` is the limit β = 0), got {beta}.")
     reference_log_probs = tree.log_probs(reference)
-    unnormalised = reference_log_probs + tree.rewards / beta
-    log_z = np.logaddexp.reduce(unnormalised, axis=-1)
-    log_probs = unnormalised - log_z[:, None]
     reference_table = tree.tabular(reference_log_probs)
-    state_values, action_values = _backward(
-        tree, lambda state, q: beta * np.logaddexp.reduce(reference_table[:, state] + q / beta, axis=-1)
-    )
+    state_values, action_values = _backward(tree, lambda state, q: soft_value(q, reference_table[:, state], beta), gamma)
     policy = reference_table + (action_values - state_values[..., None]) / beta
+    if gamma == 1:
+        unnormalised = reference_log_probs + tree.rewards / beta
+        log_z = np.logaddexp.reduce(unnormalised, axis=-1)
+        log_probs = unnormalised - log_z[:, None]
+    else:
+        log_z, log_probs = state_values[:, 0] / beta, tree.log_probs(policy)
     return SoftSolution(log_probs, policy, log_z, state_values, action_values, beta * log_z)
+
+
+def soft_value(action_values: Table, reference: Table, beta: float) -> Table:
+    """Returns V(s) = β log Σ_a π_ref(a|s) exp(Q(s,a)/β) of rows Q(s,·) and log π_ref(·|s), (..., V) twice to (...)."""
+    return np.asarray(beta * np.logaddexp.reduce(reference + action_values / beta, axis=-1))
 
 
 def hard_solution(tree: TokenTree, gamma: float = 1.0) -> HardSolution:
