@@ -4,6 +4,15 @@
 """
 
 from textgym.exact.problems import HARD_TREE_BETA, hard_tree
+from textgym.exact.q_learning import (
+    BellmanOperator,
+    QLearningResult,
+    error_bound,
+    polynomial_step_size,
+    q_learning,
+    rescaled_linear_step_size,
+    synchronous_q_learning,
+)
 from textgym.exact.solutions import (
     FrontierPoint,
     HardSolution,
@@ -25,14 +34,17 @@ from textgym.exact.tree import TokenTree, TreeBatch
 
 __all__ = [
     "HARD_TREE_BETA",
+    "BellmanOperator",
     "FrontierPoint",
     "HardSolution",
+    "QLearningResult",
     "SoftSolution",
     "TokenTree",
     "TreeBatch",
     "TreeReward",
     "completion_distance",
     "completion_kl",
+    "error_bound",
     "expected_reward",
     "frontier",
     "hard_solution",
@@ -41,6 +53,10 @@ __all__ = [
     "logit_gradient",
     "objective",
     "policy_values",
+    "polynomial_step_size",
+    "q_learning",
+    "rescaled_linear_step_size",
     "soft_solution",
+    "synchronous_q_learning",
     "total_variation",
 ]
