@@ -12,6 +12,7 @@ _HOMES = {
     "Evaluation": "textgym.agents.common.evaluation",
     "PPO": "textgym.agents.ppo",
     "REINFORCE": "textgym.agents.reinforce",
+    "RLOO": "textgym.agents.rloo",
     "Sampling": "textgym.agents.common.sampling",
     "ValueHead": "textgym.agents.common.value_heads",
     "ValueModel": "textgym.agents.common.value_heads",

@@ -34,3 +34,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises a `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_generations(value: Any, algorithm: str) -> None:
+    """Raises a `ValueError` unless `value`, the completions per prompt, is a whole number of at least 2."""
+    check_count("num_generations", value, "completions")
+    if value < 2:
+        raise ValueError(
+            f"`num_generations` must be at least 2 for {algorithm}, which compares the completions of a prompt, got {value}. "
+            "The number of environments must be a multiple of it."
+        )

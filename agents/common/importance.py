@@ -19,6 +19,11 @@ def masked_log_ratios(log_probs: Tensor, old_log_probs: Tensor, completion_mask:
     return zero_outside(log_probs - old_log_probs, completion_mask)
 
 
+def sequence_log_ratios(log_probs: Tensor, old_log_probs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Returns log π_θ(y|x) − log π_old(y|x) of whole completions, the sum over the True tokens: (B, T) to (B,)."""
+    return masked_log_ratios(log_probs, old_log_probs, completion_mask).sum(dim=1)
+
+
 def token_ratios(log_probs: Tensor, old_log_probs: Tensor, completion_mask: Tensor) -> Tensor:
     """The per-token ratio ρ_t of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 6): biased on stale samples, of low variance.
 

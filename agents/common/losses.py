@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from textgym.agents.common.importance import masked_log_ratios
-from textgym.agents.common.masking import Reduction, check_same_shape, masked_mean, reduce_tokens, zero_outside
+from textgym.agents.common.importance import masked_log_ratios, sequence_log_ratios
+from textgym.agents.common.masking import Reduction, check_one_per_row, check_same_shape, masked_mean, reduce_tokens, zero_outside
 
 
 def reinforce_loss(
@@ -78,6 +78,42 @@ def clipped_surrogate_loss(
     clipped_ratios = ratios.clamp(1 - clip_range, 1 + clip_range)
     surrogate = torch.min(ratios * advantages, clipped_ratios * advantages)
     return -reduce_tokens(surrogate, completion_mask, reduction=reduction, count=count)
+
+
+def sequence_surrogate_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_range: float | None = None,
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """The surrogate of whole completions, each one action: RLOO's, Ahmadian et al. 2024 (arXiv:2402.14740), eq. 7 and 8.
+
+        L = −1/B Σ_i ρ_i A_i    or    L = −1/B Σ_i min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i),    ρ_i = π(y_i|x_i) / π_old(y_i|x_i)
+
+    The first form is unbiased: E_old[ρ A ∇log π(y|x)] = E_π[A ∇log π(y|x)]. Where π = π_old both have the gradient of `reinforce_loss`
+    with A_i at every token. The second is PPO's clipping (Schulman et al. 2017, eq. 7) of the sequence's ratio, as TRL has it.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        old_log_probs: the same under the policy that sampled, (B, T); taken as constants.
+        advantages: A_i, (B,); taken as constants.
+        completion_mask: True where the policy chose the token (not prompt, not padding), (B, T) bool.
+        clip_range: ε, dimensionless; None for no clipping.
+        count: the sequences of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar: the sum over tokens is in log π(y|x); mean over sequences.
+    """
+    check_one_per_row(log_probs, advantages=advantages)
+    advantages = advantages.detach()
+    ratios = sequence_log_ratios(log_probs, old_log_probs.detach(), completion_mask).exp()
+    surrogate = ratios * advantages
+    if clip_range is not None:
+        surrogate = torch.min(surrogate, ratios.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    return -surrogate.sum() / (len(surrogate) if count is None else count)
 
 
 def value_loss(

@@ -26,6 +26,13 @@ def check_same_shape(**tensors: Tensor | None) -> None:
             raise ValueError(f"`{name}` must have the shape of `{first_name}`, {tuple(first.shape)}, got {tuple(tensor.shape)}.")
 
 
+def check_one_per_row(table: Tensor, **vectors: Tensor) -> None:
+    """Raises a `ValueError` that names the first vector that does not have one entry per row of the (B, T) `table`."""
+    for name, vector in vectors.items():
+        if vector.shape != table.shape[:1]:
+            raise ValueError(f"`{name}` must have one entry per completion, {tuple(table.shape[:1])}, got shape {tuple(vector.shape)}.")
+
+
 def zero_outside(values: Tensor, mask: Tensor) -> Tensor:
     """Returns `values` with zeros where `mask` is False; no gradient passes there."""
     # Not a product with the mask: 0 * inf is NaN.

@@ -6,6 +6,7 @@ import torch
 from textgym.agents.common.importance import (
     cumulative_ratios,
     restate_kl_rewards,
+    sequence_log_ratios,
     token_ratios,
     truncated_cumulative_ratios,
 )
@@ -19,6 +20,10 @@ MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 def test_token_ratios_by_hand():
     torch.testing.assert_close(token_ratios(NEW, OLD, MASK), torch.tensor([[0.5, 3.0, 0.5], [2.0, 1.0, 1.0]]))
+
+
+def test_sequence_log_ratios_by_hand():
+    torch.testing.assert_close(sequence_log_ratios(NEW, OLD, MASK), torch.tensor([0.75, 2.0]).log())
 
 
 def test_cumulative_ratios_by_hand():

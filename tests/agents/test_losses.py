@@ -8,6 +8,7 @@ from textgym.agents.common.losses import (
     entropy_bonus,
     ratio_diagnostics,
     reinforce_loss,
+    sequence_surrogate_loss,
     value_loss,
 )
 
@@ -65,11 +66,31 @@ def test_first_step_of_ppo_is_reinforce(reduction):
     torch.testing.assert_close(ppo, reinforce)
 
 
+def test_sequence_surrogate_by_hand():
+    # Ratios .5 · 3 · 1.1 = 1.65 and 2, ε = 0.2. A = (1, −3): min(1.65, 1.2) = 1.2, held; min(−6, −3.6) = −6, not held.
+    advantages = torch.tensor([1.0, -3.0])
+    assert sequence_surrogate_loss(NEW, OLD, advantages, MASK).item() == pytest.approx(-(1.65 - 6) / 2)
+    assert sequence_surrogate_loss(NEW, OLD, advantages, MASK, clip_range=0.2).item() == pytest.approx(-(1.2 - 6) / 2)
+    grad = gradient(lambda x: sequence_surrogate_loss(x, OLD, advantages, MASK), NEW)
+    torch.testing.assert_close(grad, -torch.tensor([[1.65, 1.65, 1.65], [-6.0, 0, 0]]) / 2)
+    clipped = gradient(lambda x: sequence_surrogate_loss(x, OLD, advantages, MASK, clip_range=0.2), NEW)
+    torch.testing.assert_close(clipped, -torch.tensor([[0.0, 0, 0], [-6, 0, 0]]) / 2)
+
+
+def test_first_step_of_whole_completions_is_reinforce():
+    advantages = torch.tensor([1.0, -3.0])
+    for clip_range in (None, 0.2):
+        grad = gradient(lambda x, c=clip_range: sequence_surrogate_loss(x, NEW, advantages, MASK, clip_range=c), NEW)
+        expected = gradient(lambda x: reinforce_loss(x, advantages[:, None].expand(2, 3), MASK), NEW)
+        torch.testing.assert_close(grad, expected)
+
+
 def test_advantages_and_old_log_probs_are_constants():
     advantages, old = ADVANTAGES.clone().requires_grad_(), OLD.clone().requires_grad_()
     new = NEW.clone().requires_grad_()
     clipped_surrogate_loss(new, old, advantages, MASK, clip_range=0.2).backward()
     reinforce_loss(new, advantages, MASK).backward()
+    sequence_surrogate_loss(new, old, advantages[:, 0], MASK).backward()
     assert new.grad is not None
     assert advantages.grad is None
     assert old.grad is None
@@ -123,6 +144,7 @@ def test_ratio_diagnostics_by_hand():
     [
         lambda rows, **count: reinforce_loss(NEW[rows], ADVANTAGES[rows], MASK[rows], **count),
         lambda rows, **count: clipped_surrogate_loss(NEW[rows], OLD[rows], ADVANTAGES[rows], MASK[rows], clip_range=0.2, **count),
+        lambda rows, **count: sequence_surrogate_loss(NEW[rows], OLD[rows], ADVANTAGES[rows, 0], MASK[rows], clip_range=0.2, **count),
     ],
 )
 def test_shuffling_and_splitting_change_no_loss(loss_of):
@@ -136,5 +158,7 @@ def test_errors_name_the_argument():
         reinforce_loss(NEW, ADVANTAGES[:, 0], MASK)
     with pytest.raises(ValueError, match="`old_log_probs` must have the shape of `log_probs`"):
         clipped_surrogate_loss(NEW, OLD[:1], ADVANTAGES, MASK, clip_range=0.2)
+    with pytest.raises(ValueError, match="`advantages` must have one entry per completion"):
+        sequence_surrogate_loss(NEW, OLD, ADVANTAGES, MASK)
     with pytest.raises(ValueError, match="`old_values` must be given with `clip_range`"):
         value_loss(NEW, NEW, MASK, clip_range=0.2)

@@ -7,7 +7,9 @@ and put in the place of the right one in every module that holds it. `check` nam
 When a function is rewritten and a `find` is gone, rewrite the mutation with it: the mistake can still be made.
 """
 
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ LOSSES, MASKING = "textgym.agents.common.losses", "textgym.agents.common.masking
 ADVANTAGES, IMPORTANCE = "textgym.agents.common.advantages", "textgym.agents.common.importance"
 REINFORCE, PPO, BASE = "textgym.agents.reinforce:REINFORCE", "textgym.agents.ppo:PPO", "textgym.agents.online:OnlineAgent"
 SHAPING = "textgym.wrappers.shaping:ShapingState"
+
+
+def family(name: str) -> list[Mutation]:
+    """The mutations of a family of algorithms, from the file of that name beside this one."""
+    rows = runpy.run_path(str(Path(__file__).with_name(f"mutations_{name}.py")))["MUTATIONS"]
+    return [Mutation(*row) for row in rows]
 
 
 def hand(file: str, test: str) -> str:
@@ -267,4 +275,4 @@ AGENT_MUTATIONS = [
 ]
 # fmt: on
 
-MUTATIONS = [*LOSS_MUTATIONS, *MASK_MUTATIONS, *ADVANTAGE_MUTATIONS, *AGENT_MUTATIONS]
+MUTATIONS = [*LOSS_MUTATIONS, *MASK_MUTATIONS, *ADVANTAGE_MUTATIONS, *AGENT_MUTATIONS, *family("groups")]

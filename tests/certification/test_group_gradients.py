@@ -1,0 +1,186 @@
+"""The first-step gradient of the agents that compare the completions of a prompt, and their updates on stale samples.
+
+Nothing is sampled: the agents' own code is given every group of completions, or every completion of an older policy, and the gradients
+are added up with their probabilities.
+"""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents import REINFORCE, RLOO, CausalLMPolicy
+from textgym.exact import TokenTree
+from textgym.exact.certification import exact_setup_gradient, expected_gradient, make_setup, with_completions
+
+
+def tiny_tree():
+    """Four completions of one to three tokens, two prompts."""
+    return TokenTree(2, 3, 1, [[0], [0, 0]], lambda i, y: float(np.sin(3 * len(y) + 2 * sum(y) + i)) + 3 * i)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def make_agent(setup, agent_class, **options):
+    policy = CausalLMPolicy(setup.model, setup.tokenizer, temperature=setup.temperature, device=setup.model.device)
+    reference = CausalLMPolicy(setup.reference, setup.tokenizer, temperature=setup.temperature, device=setup.model.device).reference()
+    settings = {"learning_rate": 1e-3, "beta": setup.beta, "max_grad_norm": None, "optimizer": sgd, "seed": setup.seed}
+    return agent_class(policy, setup.envs, reference=reference, **(settings | options))
+
+
+def relative_error(found, exact):
+    return float((found - exact).norm() / exact.norm())
+
+
+# name: (class, options, completions per rollout, expected gradient as a multiple of ∇J)
+POLICY_GRADIENTS = {
+    "RLOO, k = 2": (RLOO, {"num_generations": 2}, 2, 1.0),
+    "RLOO, k = 3": (RLOO, {"num_generations": 3}, 3, 1.0),
+    "RLOO, micro-batches": (RLOO, {"num_generations": 2, "micro_batch_size": 1}, 2, 1.0),
+    "RLOO, clipping": (RLOO, {"num_generations": 2, "clip_range": 0.2}, 2, 1.0),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_expected_gradient_is_the_policy_gradient(name, temperature, device):
+    agent_class, options, group, scale = POLICY_GRADIENTS[name]
+    setup = make_setup(tiny_tree(), seed=0, num_envs=group, temperature=temperature, displaced=True, device=device)
+    found = expected_gradient(lambda setup: make_agent(setup, agent_class, **options), setup, group=group)
+    assert relative_error(found, scale * exact_setup_gradient(setup)) < 1e-4
+
+
+# Which completions the four rows of a rollout are, two groups of two.
+ROWS = {"mixed lengths": (0, 3, 2, 1), "another batch": (1, 2, 3, 3)}
+
+
+class Update:
+    """One rollout of an agent on given completions, `agent.learn` included, and what a second implementation needs."""
+
+    def __init__(self, agent_class, rows, device, **options):
+        self.tree = tiny_tree()
+        setup = make_setup(self.tree, seed=0, num_envs=4, displaced=True, device=device)
+        self.rate, self.beta, self.device, self.prompts = 0.03, setup.beta, device, []
+        self.reference = copy.deepcopy(setup.reference)
+        self.agent = make_agent(setup, agent_class, num_generations=2, learning_rate=self.rate, **options)
+        self.model = copy.deepcopy(setup.model)
+        policy = self.agent.policy
+        generate_ids = policy.generate_ids
+
+        def given(prompt_ids, prompt_lengths, *args, **settings):
+            generation = with_completions(policy, generate_ids(prompt_ids, prompt_lengths, *args, **settings), self.tree, rows)
+            for ids, length in zip(generation.prompt_ids.tolist(), generation.prompt_lengths.tolist(), strict=True):
+                self.prompts.append(ids[len(ids) - length :])
+            return generation
+
+        policy.generate_ids = given
+        self.agent.learn(1)
+        self.completions = [list(self.tree.ids(j)) for j in rows]
+        self.scores = [self.tree.rewards[self.tree.prompts.index(tuple(p)), j] for p, j in zip(self.prompts, rows, strict=True)]
+
+    def log_probs(self, model, row):
+        """log π of the tokens of a row, (T,)."""
+        prompt, ids = self.prompts[row], self.completions[row]
+        logits = model(input_ids=torch.tensor([prompt + ids], device=self.device)).logits[0].log_softmax(-1)
+        return torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(ids)])
+
+    def returns(self, model):
+        """R of each row, the KL term that of `model`."""
+        rows = range(len(self.completions))
+        gaps = [(self.log_probs(model, row) - self.log_probs(self.reference, row)).sum().item() for row in rows]
+        return [score - self.beta * gap for score, gap in zip(self.scores, gaps, strict=True)]
+
+    def descend(self, loss):
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter -= self.rate * gradient
+
+    def compare(self):
+        for (name, p), q in zip(self.agent.policy.model.named_parameters(), self.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.1])
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_epochs_of_rloo(rows, clip_range, device):
+    update = Update(RLOO, ROWS[rows], device, n_epochs=2, clip_range=clip_range)
+    sampled = update.returns(update.model)
+    old = [update.log_probs(update.model, row).sum().item() for row in range(4)]
+    clipped = 0
+    for _ in range(2):
+        # Clipped, the KL term stays that of the policy that sampled.
+        present, loss = update.returns(update.model) if clip_range is None else sampled, 0.0
+        for row in range(4):
+            ratio = (update.log_probs(update.model, row).sum() - old[row]).exp()
+            advantage = present[row] - sampled[row ^ 1]
+            gain = ratio * advantage
+            if clip_range is not None:
+                clipped += abs(ratio.item() - 1) > clip_range
+                gain = torch.minimum(gain, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+            loss = loss - gain / 4
+        update.descend(loss)
+    assert clip_range is None or clipped >= 2, "the example must reach the clip range"
+    update.compare()
+
+
+def test_one_step_of_rloo_is_reinforce_with_whole_returns(device):
+    """The same seed, the same rollout; γ < 1 too."""
+    for options in ({}, {"gamma": 0.9}):
+        found = []
+        for agent_class, more in ((RLOO, {}), (REINFORCE, {"baseline": "leave_one_out", "reward_to_go": False})):
+            setup = make_setup(tiny_tree(), seed=0, num_envs=12, displaced=True, device=device)
+            agent = make_agent(setup, agent_class, num_generations=3, learning_rate=0.3, **more, **options).learn(1)
+            found.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters()]))
+        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+        assert found[0].norm() > 0.1
+
+
+def test_pairs_share_half_the_difference_of_their_returns(device):
+    """RLOO, k = 2: the mean of a pair is ½ (R₁ − R₂) (∇log π(y₁) − ∇log π(y₂))."""
+    update = Update(RLOO, ROWS["mixed lengths"], device)
+    returns = update.returns(update.model)
+    sums = [update.log_probs(update.model, row).sum() for row in range(4)]
+    loss = -sum(0.5 * (returns[i] - returns[i + 1]) * (sums[i] - sums[i + 1]) for i in (0, 2)) / 2
+    update.descend(loss)
+    update.compare()
+
+
+def stale_rollout(update_class, setup, behaviour, **options):
+    """An agent at the setup's model, and every completion of every prompt as a rollout of `behaviour`, with its probability."""
+    agent = make_agent(setup, update_class, num_generations=setup.tree.num_completions, beta=setup.beta, **options)
+    tree, sampler = setup.tree, CausalLMPolicy(behaviour, setup.tokenizer, device=setup.model.device)
+    agent.kl_shaping[0].set_policy(sampler)
+    agent.collector.policy = sampler
+    generate_ids = sampler.generate_ids
+    sampler.generate_ids = lambda *args, **settings: with_completions(
+        sampler, generate_ids(*args, **settings), tree, list(range(tree.num_completions)) * tree.num_prompts
+    )
+    rollout = agent.collector.walk(np.repeat(np.arange(tree.num_prompts), tree.num_completions), agent.sampling_generator)
+    return agent, rollout, rollout.log_probs.sum(1).exp()
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["unbiased", "clipped"])
+def test_stale_samples_of_rloo_are_unbiased_without_clipping(biased, device):
+    """E over all completions of an older policy, any baseline: ∇J of the present one exactly, its KL term included."""
+    from textgym.exact.models import tiny_lm
+
+    tree = tiny_tree()
+    setup = make_setup(tree, seed=0, num_envs=tree.num_completions * tree.num_prompts, displaced=True, device=device)
+    behaviour = tiny_lm(tree, seed=7).to(device)
+    agent, rollout, probabilities = stale_rollout(RLOO, setup, behaviour, n_epochs=2, clip_range=0.2 if biased else None)
+    rewards = agent.shaped_rewards(rollout)
+    agent.policy.zero_grad()
+    for row, weight in enumerate(probabilities.tolist()):
+        rows = torch.tensor([row], device=rollout.lengths.device)
+        batch = rollout.select(rows)
+        width = batch.completion_ids.shape[1]
+        baseline = torch.tensor([math.pi], device=rewards.device)
+        (weight * agent.loss(batch, rewards[rows, :width], baseline, batch.log_probs, sequences=tree.num_prompts)).backward()
+    found = -torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()]).double().cpu()
+    error = relative_error(found, exact_setup_gradient(setup))
+    assert error > 0.05 if biased else error < 1e-4
