@@ -6,8 +6,9 @@ An algorithm is a final subclass that says how one `RolloutBatch` changes the pa
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
@@ -253,7 +254,14 @@ class OnlineAgent(Agent):
             rewards = masked_whiten(rewards, rollout.completion_mask, shift_mean=False)
         return rewards
 
-    def update(self, rollout: RolloutBatch, loss: MicroBatchLoss, rows: Tensor, proceed: Callable[[], bool] = lambda: True) -> bool:
+    def update(
+        self,
+        rollout: RolloutBatch,
+        loss: MicroBatchLoss,
+        rows: Tensor,
+        proceed: Callable[[], bool] = lambda: True,
+        extra_losses: Iterable[Tensor] = (),
+    ) -> bool:
         """One optimiser step on `rows` of a rollout, in micro-batches whose losses add up to that of the minibatch.
 
         Args:
@@ -261,6 +269,7 @@ class OnlineAgent(Agent):
             loss: (micro-batch, its row indices, sequences of the minibatch, tokens of the minibatch) → scalar.
             rows: the minibatch, indices into `rollout`.
             proceed: asked when the gradients are there; False leaves the parameters as they are.
+            extra_losses: scalars of other data than the rollout, added to the minibatch's loss.
 
         Returns:
             Whether the step was taken.
@@ -271,7 +280,7 @@ class OnlineAgent(Agent):
             for micro_rows in rows.split(self.micro_batch_size or len(rows)):
                 yield loss(rollout.select(micro_rows), micro_rows, sequences, tokens)
 
-        return self.step(losses(), proceed)
+        return self.step(chain(losses(), extra_losses), proceed)
 
     # -- environments, saving, loading ------------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ class Mutation:
 
 LOSSES, MASKING = "textgym.agents.common.losses", "textgym.agents.common.masking"
 ADVANTAGES, IMPORTANCE = "textgym.agents.common.advantages", "textgym.agents.common.importance"
-REINFORCE, PPO, BASE = "textgym.agents.reinforce:REINFORCE", "textgym.agents.ppo:PPO", "textgym.agents.online:OnlineAgent"
+REINFORCE, PPO = "textgym.agents.reinforce:REINFORCE", "textgym.agents.clipped:ClippedAgent"
+BASE = "textgym.agents.online:OnlineAgent"
 SHAPING = "textgym.wrappers.shaping:ShapingState"
 
 
@@ -239,11 +240,12 @@ AGENT_MUTATIONS = [
     Mutation("PPO: missing ratio (old log-probs of the present)", f"{PPO}.loss",
              "scores.log_probs, targets.log_probs, targets.advantages", "scores.log_probs, scores.log_probs, targets.advantages",
              PPO_UPDATE),
-    Mutation("PPO: advantage as value target", f"{PPO}.train", "returns = advantages + old.values", "returns = advantages", PPO_UPDATE),
+    Mutation("PPO: advantage as value target", f"{PPO}.targets", "returns = advantages + old.values", "returns = advantages", PPO_UPDATE),
     Mutation("PPO: critic pushed away", f"{PPO}.loss", "+ self.vf_coef", "- self.vf_coef", PPO_UPDATE),
     Mutation("PPO: γ not passed on", f"{PPO}.estimate", "gamma=self.gamma", "gamma=1.0", PPO_UPDATE),
     Mutation("PPO: λ not passed on", f"{PPO}.estimate", "gae_lambda=self.gae_lambda", "gae_lambda=0.95", agent("PPO, value head")),
-    Mutation("PPO: advantages whitened unasked", f"{PPO}.train", "if self.normalize_advantage:", "if True:", agent("PPO, separate critic")),
+    Mutation("PPO: advantages whitened unasked", f"{PPO}.targets",
+             "if self.normalize_advantage:", "if True:", agent("PPO, separate critic")),
     Mutation("missing EOS: rewarded", f"{BASE}.shaped_rewards",
              "-self.missing_eos_penalty", "self.missing_eos_penalty",
              "certification/test_agent_gradients.py::test_expected_gradient_with_a_missing_eos_penalty"),

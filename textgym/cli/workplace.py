@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.cli.errors import UserError, one_line
@@ -166,10 +166,10 @@ def check_positions(environments: Sequence["VectorEnv[Any, Any, Any]"], policy: 
 
 def check_options(options: Mapping[str, Any], agent_class: type, reserved: Collection[str]) -> None:
     """Raises if `--set` names something that is no argument of the algorithm, or that the command sets itself."""
-    from textgym.agents.common.options import DEFAULTS
-
-    own = [name for name in inspect.signature(agent_class).parameters if name not in ("options", *reserved)]
-    possible = [*own, *(name for name in DEFAULTS if name not in reserved)]
+    own = [name for name in inspect.signature(agent_class).parameters if name != "options"]
+    # `**options: Unpack[...]`: the names are those of the TypedDict.
+    (inherited,) = get_args(get_type_hints(agent_class.__init__, include_extras=True)["options"])  # type: ignore[misc]
+    possible = [name for name in (*own, *get_type_hints(inherited)) if name not in reserved]
     for name in options:
         if name in reserved:
             raise UserError(f"--set {name}=... is not possible: it has an option of its own, or the command sets it.")
