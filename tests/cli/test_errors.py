@@ -11,7 +11,7 @@ import pytest
     ("arguments", "sentence"),
     [
         ("train", "Missing argument"),
-        ("train dpo", "'dpo' is not one of 'ppo', 'reinforce'"),
+        ("train ppp", "'ppp' is not one of 'ppo', 'reinforce'"),
         ("frobnicate", "No such command 'frobnicate'"),
         ("train ppo --bata 1", "No such option: --bata"),
         ("train ppo --beta much", "Invalid value for '--beta'"),

@@ -1,12 +1,12 @@
 """The `textgym` command. Options are declared here; the commands' own modules, and torch, are imported when a command runs."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from textgym.cli.algorithms import Algorithm, learning_rates
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.settings import TrainSettings, option, parse_options
 
@@ -21,13 +21,6 @@ app = typer.Typer(
 
 DEFAULTS = TrainSettings("ppo")
 RESUME_OPTIONS = ("total_timesteps", "device")  # what --resume lets one change
-
-
-class Algorithm(StrEnum):
-    """What `textgym train` can train with."""
-
-    PPO = "ppo"
-    REINFORCE = "reinforce"
 
 
 @app.callback()
@@ -77,7 +70,7 @@ def train(
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = DEFAULTS.max_new_tokens,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Step size of Adam.", show_default="bundled model: ppo 0.0005, reinforce 0.001; any other: 0.00001"),
+        typer.Option(help="Step size of Adam.", show_default=learning_rates()),
     ] = None,
     set_: Annotated[
         list[str] | None,

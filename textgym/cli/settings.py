@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, Algorithm
 from textgym.cli.errors import UserError
 
-BUNDLED_LEARNING_RATE = {"ppo": 5e-4, "reinforce": 1e-3}
-OTHER_LEARNING_RATE = 1e-5
 _PATHS = ("model", "reference", "prompts", "eval_prompts")
 
 
@@ -47,7 +46,7 @@ class TrainSettings:
         """The learning rate: as given, else one that suits the bundled model (which is tiny), else one that suits others."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return BUNDLED_LEARNING_RATE[self.algorithm] if self.model is None else OTHER_LEARNING_RATE
+        return ALGORITHMS[Algorithm(self.algorithm)].learning_rate if self.model is None else OTHER_LEARNING_RATE
 
     @property
     def measured_reward(self) -> str | None:

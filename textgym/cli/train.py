@@ -11,6 +11,7 @@ from rich.console import Console
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from textgym.agents.common.progress import ProgressCallback
+from textgym.cli.algorithms import agent_class
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
 from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
 from textgym.cli.measuring import MeasuredEvaluation, Measurement, measure
@@ -50,13 +51,13 @@ class Run:
     def start(cls, settings: TrainSettings, out: Path | None, force: bool) -> "Run":
         """Makes a new run; its folder appears only when its options have proved right and its reward has scored completions."""
         folder = RunFolder.choose(settings.algorithm, out, force)
-        agent_class = _agent_class(settings.algorithm)
-        check_options(settings.options, agent_class, _RESERVED)
+        algorithm_class = agent_class(settings.algorithm)
+        check_options(settings.options, algorithm_class, _RESERVED)
         policy, reference = load_policies(settings)
         envs, held_out, rewards = make_environments(settings, policy.tokenizer)
         check_positions((envs, held_out), policy)
         try:
-            agent = agent_class(
+            agent = algorithm_class(
                 policy,
                 envs,
                 learning_rate=settings.step_size,
@@ -80,7 +81,7 @@ class Run:
         envs, held_out, rewards = make_environments(settings, load_tokenizer(folder.checkpoint / "model"))
         evaluation = _evaluation(settings, held_out, rewards.true_name, folder)
         device = check_device(settings.device)
-        agent = _agent_class(settings.algorithm).load(folder.checkpoint, env=envs, device=device, evaluation=evaluation)
+        agent = agent_class(settings.algorithm).load(folder.checkpoint, env=envs, device=device, evaluation=evaluation)
         return cls(agent, held_out, rewards.true_name, folder, settings)
 
     def measure(self, when: str) -> tuple[Measurement, Rows]:
@@ -200,12 +201,6 @@ def resume(path: Path, algorithm: str, changes: dict[str, Any]) -> None:
     print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.total_timesteps:,} timesteps", file=sys.stdout)
     run.train()
     run.finish()
-
-
-def _agent_class(algorithm: str) -> Any:
-    from textgym import agents
-
-    return {"ppo": agents.PPO, "reinforce": agents.REINFORCE}[algorithm]
 
 
 def _evaluation(settings: TrainSettings, environment: Any, true_name: str | None, folder: RunFolder) -> MeasuredEvaluation:
