@@ -18,7 +18,7 @@ from textgym.agents.common.importance import cumulative_ratios, restate_kl_rewar
 from textgym.agents.common.losses import entropy_bonus, reinforce_loss, value_loss
 from textgym.agents.common.masking import masked_mean
 from textgym.agents.common.options import AgentOptions
-from textgym.agents.common.rollout_scores import score_in_parts, score_rollout
+from textgym.agents.common.rollout_scores import score_in_parts, score_rollout, values_in_parts
 from textgym.agents.online import Beta, OnlineAgent
 from textgym.agents.policy import CausalLMPolicy
 
@@ -198,11 +198,12 @@ class REINFORCE(OnlineAgent):
     @torch.no_grad()
     def estimate(self, rollout: RolloutBatch, returns: Tensor, *, rescore: bool) -> tuple[Tensor, Tensor]:
         """Returns the old log-probs (by the training pass where `rescore`) and the baselines b_t, each (B, T)."""
-        values = None
-        old_log_probs = rollout.log_probs
-        if rescore or self.critic is not None:
+        old_log_probs, values = rollout.log_probs, None
+        if rescore:
             scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size)
             old_log_probs, values = scores.log_probs, scores.values
+        elif self.critic is not None:
+            values = values_in_parts(self.policy, rollout, self.critic, self.micro_batch_size)
         return old_log_probs, self.baselines(rollout, returns, values)
 
     def baselines(self, rollout: RolloutBatch, returns: Tensor, values: Tensor | None) -> Tensor:

@@ -89,7 +89,9 @@ CANDIDATES = {
     "reinforce-leave-one-out": Candidate(
         REINFORCE, {"baseline": "leave_one_out", "num_generations": 8, "reward_to_go": False}, {"optimizer": quick_adam}
     ),
-    "reinforce-value": Candidate(REINFORCE, {"baseline": "value", "critic": "separate"}, {"optimizer": quick_adam}),
+    "reinforce-value": Candidate(
+        REINFORCE, {"baseline": "value", "critic": "separate"}, {"optimizer": quick_adam}, learning_rate=1.5e-3, tokens=2_000_000
+    ),
 }
 
 # Part (b): every baseline, and PPO as it is before its second step. (class, options, completions per rollout of the expected gradient)

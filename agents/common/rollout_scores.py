@@ -137,3 +137,17 @@ def reference_log_probs(reference: CausalLMPolicy, batch: RolloutBatch, part_siz
         part_size: rows per pass; None for all at once.
     """
     return score_in_parts(reference, batch, part_size=part_size).log_probs
+
+
+def values_in_parts(policy: CausalLMPolicy, batch: RolloutBatch, critic: Critic, part_size: int | None = None) -> Tensor:
+    """The values of `score_in_parts`, (B, T), without the policy's pass where the critic does not need it."""
+    if critic.reads_policy or batch.steps is not None:
+        values = score_in_parts(policy, batch, critic, part_size).values
+        assert values is not None
+        return values
+    parts = []
+    for rows in torch.arange(len(batch)).split(part_size or len(batch)):
+        part = batch.select(rows)
+        values = critic.network(part.prompt_ids, part.prompt_lengths, part.completion_ids, part.lengths)
+        parts.append(pad(values, (0, batch.completion_ids.shape[1] - values.shape[1])))
+    return torch.cat(parts)
