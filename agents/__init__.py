@@ -11,6 +11,7 @@ _HOMES = {
     "CausalLMPolicy": "textgym.agents.policy",
     "Evaluation": "textgym.agents.common.evaluation",
     "PPO": "textgym.agents.ppo",
+    "REBEL": "textgym.agents.rebel",
     "REINFORCE": "textgym.agents.reinforce",
     "RLOO": "textgym.agents.rloo",
     "Sampling": "textgym.agents.common.sampling",

@@ -7,7 +7,7 @@ All results are without gradient.
 import torch
 from torch import Tensor
 
-from textgym.agents.common.masking import check_same_shape, completion_mask_from_lengths
+from textgym.agents.common.masking import as_groups, check_same_shape, completion_mask_from_lengths
 
 
 def _check_rows(rewards: Tensor, lengths: Tensor, bootstrap_values: Tensor | None, truncated: Tensor | None) -> None:
@@ -160,17 +160,8 @@ def leave_one_out_baseline(returns: Tensor, num_generations: int, lengths: Tenso
     Returns:
         b, the shape of `returns`.
     """
-    if num_generations < 2:
-        raise ValueError(
-            f"`num_generations` must be at least 2: leave-one-out needs another completion of the prompt, got {num_generations}."
-        )
-    if returns.shape[0] % num_generations:
-        raise ValueError(
-            f"`returns` must have a multiple of `num_generations` = {num_generations} rows (the completions of a prompt next to "
-            f"each other), got {returns.shape[0]}."
-        )
     held = _held_returns(returns, lengths)
-    groups = held.view(-1, num_generations, *held.shape[1:])  # (B, ...) -> (B / G, G, ...)
+    groups = as_groups("returns", held, num_generations)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (num_generations - 1)
     return others.reshape(held.shape)
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from textgym.agents.common.importance import masked_log_ratios, sequence_log_ratios
-from textgym.agents.common.masking import Reduction, check_one_per_row, check_same_shape, masked_mean, reduce_tokens, zero_outside
+from textgym.agents.common.masking import (
+    Reduction,
+    as_groups,
+    check_one_per_row,
+    check_same_shape,
+    masked_mean,
+    reduce_tokens,
+    zero_outside,
+)
 
 
 def reinforce_loss(
@@ -114,6 +122,42 @@ def sequence_surrogate_loss(
     if clip_range is not None:
         surrogate = torch.min(surrogate, ratios.clamp(1 - clip_range, 1 + clip_range) * advantages)
     return -surrogate.sum() / (len(surrogate) if count is None else count)
+
+
+def rebel_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    returns: Tensor,
+    completion_mask: Tensor,
+    *,
+    num_generations: int,
+    eta: float = 1.0,
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """REBEL's squared error, Gao et al. 2024 (arXiv:2404.16767), eq. 1: relative returns regressed onto relative log-ratios.
+
+        L = mean over pairs i < j of a prompt, mean over prompts, of (z_i − z_j)²,    z_i = 1/η log π(y_i|x)/π_t(y_i|x) − R_i
+
+    Where π = π_t the gradient is 4/η times that of `reinforce_loss` with the leave-one-out advantages at every token.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        old_log_probs: the same under π_t that sampled, (B, T); taken as constants.
+        returns: R_i, (B,), the KL term that of π_t; taken as constants.
+        completion_mask: True where the policy chose the token (not prompt, not padding), (B, T) bool.
+        num_generations: G, at least 2; rows prompt-major, the G completions of a prompt next to each other.
+        eta: η, in nats per reward.
+        count: the prompts of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar: log-ratios are sums over tokens; mean over the G (G − 1)/2 pairs of a prompt, mean over prompts.
+    """
+    check_one_per_row(log_probs, returns=returns)
+    residuals = sequence_log_ratios(log_probs, old_log_probs.detach(), completion_mask) / eta - returns.detach()
+    groups = as_groups("log_probs", residuals, num_generations)
+    differences = groups[:, :, None] - groups[:, None, :]  # (P, G, G): every pair twice, and the zeros of the diagonal
+    per_prompt = differences.square().sum(dim=(1, 2)) / (num_generations * (num_generations - 1))
+    return per_prompt.sum() / (len(groups) if count is None else count)
 
 
 def value_loss(

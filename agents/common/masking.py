@@ -33,6 +33,24 @@ def check_one_per_row(table: Tensor, **vectors: Tensor) -> None:
             raise ValueError(f"`{name}` must have one entry per completion, {tuple(table.shape[:1])}, got shape {tuple(vector.shape)}.")
 
 
+def as_groups(name: str, values: Tensor, num_generations: int) -> Tensor:
+    """Returns the (B, ...) `values` as (P, G, ...), the G completions of a prompt, which are neighbours, in one row.
+
+    Raises:
+        ValueError: `num_generations` is below 2, or does not divide the rows of `values`, which the message calls `name`.
+    """
+    if num_generations < 2:
+        raise ValueError(
+            f"`num_generations` must be at least 2: the completions of a prompt are compared with each other, got {num_generations}."
+        )
+    if values.shape[0] % num_generations:
+        raise ValueError(
+            f"`{name}` must have a multiple of `num_generations` = {num_generations} rows (the completions of a prompt next to "
+            f"each other), got {values.shape[0]}."
+        )
+    return values.view(-1, num_generations, *values.shape[1:])  # (B, ...) -> (P, G, ...)
+
+
 def zero_outside(values: Tensor, mask: Tensor) -> Tensor:
     """Returns `values` with zeros where `mask` is False; no gradient passes there."""
     # Not a product with the mask: 0 * inf is NaN.

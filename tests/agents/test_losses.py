@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
+from textgym.agents.common.advantages import leave_one_out_baseline
 from textgym.agents.common.losses import (
     clipped_surrogate_loss,
     entropy_bonus,
     ratio_diagnostics,
+    rebel_loss,
     reinforce_loss,
     sequence_surrogate_loss,
     value_loss,
@@ -85,12 +87,52 @@ def test_first_step_of_whole_completions_is_reinforce():
         torch.testing.assert_close(grad, expected)
 
 
+def test_rebel_by_hand():
+    # Log-ratios l₁ = log 1.65 and l₂ = log 2 (by the ratios above), η = 2, R = (3, 1): one pair.
+    returns = torch.tensor([3.0, 1.0])
+    error = (math.log(1.65) - math.log(2)) / 2 - 2
+    assert rebel_loss(NEW, OLD, returns, MASK, num_generations=2, eta=2.0).item() == pytest.approx(error**2)
+    grad = gradient(lambda x: rebel_loss(x, OLD, returns, MASK, num_generations=2, eta=2.0), NEW)
+    torch.testing.assert_close(grad, error * torch.tensor([[1.0, 1, 1], [-1, 0, 0]]))  # 2 e / η
+
+
+def test_rebel_compares_all_pairs_of_a_prompt_and_none_across():
+    # Two prompts of three one-token completions at π = π_t: z = −R.
+    log_probs, mask = torch.zeros(6, 1), torch.ones(6, 1, dtype=torch.bool)
+    returns = torch.tensor([0.0, 1.0, 3.0, 100.0, 100.0, 104.0])
+    loss = rebel_loss(log_probs, log_probs, returns, mask, num_generations=3)
+    assert loss.item() == pytest.approx(((1 + 9 + 4) / 3 + (0 + 16 + 16) / 3) / 2)
+    first = rebel_loss(log_probs[:3], log_probs[:3], returns[:3], mask[:3], num_generations=3, count=2)
+    second = rebel_loss(log_probs[3:], log_probs[3:], returns[3:], mask[3:], num_generations=3, count=2)
+    assert (first + second).item() == pytest.approx(loss.item())
+
+
+def test_rebel_is_solved_by_the_tilted_policy():
+    """log π = log π_t + η R + a constant per prompt: no loss, no gradient."""
+    returns, old = torch.tensor([0.3, -1.0, 5.0, 7.0]), torch.tensor([[-1.0], [-2.0], [-0.5], [-3.0]])
+    mask, eta = torch.ones(4, 1, dtype=torch.bool), 0.7
+    new = old + eta * returns[:, None] + torch.tensor([[0.4], [0.4], [-2.0], [-2.0]])
+    assert rebel_loss(new, old, returns, mask, num_generations=2, eta=eta).item() == pytest.approx(0, abs=1e-10)
+    assert gradient(lambda x: rebel_loss(x, old, returns, mask, num_generations=2, eta=eta), new).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_first_gradient_of_rebel_is_four_over_eta_times_leave_one_out(group):
+    generator = torch.Generator().manual_seed(0)
+    log_probs, returns = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
+    mask = torch.arange(4) < torch.tensor([1, 4, 2, 3, 3, 1])[:, None]
+    advantages = (returns - leave_one_out_baseline(returns, group))[:, None].expand(6, 4)
+    rebel = gradient(lambda x: rebel_loss(x, log_probs, returns, mask, num_generations=group, eta=0.5), log_probs)
+    torch.testing.assert_close(rebel, 4 / 0.5 * gradient(lambda x: reinforce_loss(x, advantages, mask), log_probs))
+
+
 def test_advantages_and_old_log_probs_are_constants():
     advantages, old = ADVANTAGES.clone().requires_grad_(), OLD.clone().requires_grad_()
     new = NEW.clone().requires_grad_()
     clipped_surrogate_loss(new, old, advantages, MASK, clip_range=0.2).backward()
     reinforce_loss(new, advantages, MASK).backward()
     sequence_surrogate_loss(new, old, advantages[:, 0], MASK).backward()
+    rebel_loss(new, old, advantages[:, 0], MASK, num_generations=2).backward()
     assert new.grad is not None
     assert advantages.grad is None
     assert old.grad is None
@@ -160,5 +202,9 @@ def test_errors_name_the_argument():
         clipped_surrogate_loss(NEW, OLD[:1], ADVANTAGES, MASK, clip_range=0.2)
     with pytest.raises(ValueError, match="`advantages` must have one entry per completion"):
         sequence_surrogate_loss(NEW, OLD, ADVANTAGES, MASK)
+    with pytest.raises(ValueError, match="`returns` must have one entry per completion"):
+        rebel_loss(NEW, OLD, ADVANTAGES, MASK, num_generations=2)
+    with pytest.raises(ValueError, match="`num_generations` must be at least 2"):
+        rebel_loss(NEW, OLD, ADVANTAGES[:, 0], MASK, num_generations=1)
     with pytest.raises(ValueError, match="`old_values` must be given with `clip_range`"):
         value_loss(NEW, NEW, MASK, clip_range=0.2)

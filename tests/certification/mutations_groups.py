@@ -5,8 +5,11 @@ LOSSES, ADVANTAGES, CHECKS = (
     "textgym.agents.common.advantages",
     "certification/test_group_gradients.py::test_",
 )
-RLOO = "textgym.agents.rloo:RLOO"
+RLOO, REBEL = "textgym.agents.rloo:RLOO", "textgym.agents.rebel:REBEL"
 RLOO_UPDATE, RLOO_CLIPPED = f"{CHECKS}two_epochs_of_rloo[mixed lengths-None]", f"{CHECKS}two_epochs_of_rloo[mixed lengths-0.1]"
+
+
+REBEL_UPDATE = f"{CHECKS}two_epochs_of_rebel[mixed lengths]"
 
 
 def hand(file: str, test: str) -> str:
@@ -14,7 +17,7 @@ def hand(file: str, test: str) -> str:
 
 
 def first_step(name: str) -> str:
-    return f"{CHECKS}expected_gradient_is_the_policy_gradient[{name}-1.0]"
+    return f"{CHECKS}expected_gradient_is_the_policy_gradient[{name}]"
 
 
 # fmt: off
@@ -36,6 +39,21 @@ MUTATIONS = [
     ("RLOO: KL of stale samples not restated", f"{RLOO}.loss", "beta=self.current_beta", "beta=0.0", RLOO_UPDATE),
     ("RLOO: KL of clipped samples restated", f"{RLOO}.loss",
      "clip_range is None and not self.whiten_rewards", "not self.whiten_rewards", RLOO_CLIPPED),
+    ("REBEL: sign of the return", f"{LOSSES}:rebel_loss", "/ eta - returns", "/ eta + returns", first_step("REBEL")),
+    ("REBEL: η on the wrong side", f"{LOSSES}:rebel_loss",
+     "completion_mask) / eta", "completion_mask) * eta", hand("losses", "rebel_by_hand")),
+    ("REBEL: diagonal counted as pairs", f"{LOSSES}:rebel_loss",
+     "(num_generations * (num_generations - 1))", "num_generations**2", first_step("REBEL, G = 3")),
+    ("REBEL: mean over completions, not prompts", f"{LOSSES}:rebel_loss",
+     "(len(groups) if count is None else count)", "len(residuals)", hand("losses", "rebel_by_hand")),
+    ("REBEL: gradient through the returns", f"{LOSSES}:rebel_loss", "returns.detach()", "returns",
+     hand("losses", "advantages_and_old_log_probs_are_constants")),
+    ("REBEL: log-ratio to the present policy", f"{REBEL}.loss",
+     "rebel_loss(log_probs, old_log_probs, returns", "rebel_loss(log_probs, log_probs.detach(), returns", REBEL_UPDATE),
+    ("REBEL: pairs torn apart in minibatches", f"{REBEL}.train",
+     "chosen[:, None] * group + torch.arange(group)", "chosen[:, None] + groups * torch.arange(group)", REBEL_UPDATE),
+    ("REBEL: η not passed on", f"{REBEL}.loss", "eta=self.eta, ", "", first_step("REBEL")),
+    ("REBEL: count in completions", f"{REBEL}.loss", "count=sequences // group", "count=sequences", first_step("REBEL")),
     ("RLOO: clip range not passed on", f"{RLOO}.loss", "clip_range=clip_range, count", "clip_range=None, count", RLOO_CLIPPED),
 ]
 # fmt: on

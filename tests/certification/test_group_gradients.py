@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents import REINFORCE, RLOO, CausalLMPolicy
-from textgym.exact import TokenTree
+from textgym.agents import REBEL, REINFORCE, RLOO, CausalLMPolicy
+from textgym.exact import TokenTree, hard_tree, soft_solution, total_variation
 from textgym.exact.certification import exact_setup_gradient, expected_gradient, make_setup, with_completions
 
 
@@ -41,17 +41,27 @@ POLICY_GRADIENTS = {
     "RLOO, k = 2": (RLOO, {"num_generations": 2}, 2, 1.0),
     "RLOO, k = 3": (RLOO, {"num_generations": 3}, 3, 1.0),
     "RLOO, micro-batches": (RLOO, {"num_generations": 2, "micro_batch_size": 1}, 2, 1.0),
+    "REBEL": (REBEL, {"num_generations": 2, "n_epochs": 1, "eta": 0.5}, 2, 4 / 0.5),
+    "REBEL, G = 3": (REBEL, {"num_generations": 3, "n_epochs": 1, "eta": 2.0}, 3, 4 / 2.0),
     "RLOO, clipping": (RLOO, {"num_generations": 2, "clip_range": 0.2}, 2, 1.0),
 }
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("name", POLICY_GRADIENTS)
-def test_expected_gradient_is_the_policy_gradient(name, temperature, device):
+def error_of_the_expected_gradient(name, temperature, device):
     agent_class, options, group, scale = POLICY_GRADIENTS[name]
     setup = make_setup(tiny_tree(), seed=0, num_envs=group, temperature=temperature, displaced=True, device=device)
     found = expected_gradient(lambda setup: make_agent(setup, agent_class, **options), setup, group=group)
-    assert relative_error(found, scale * exact_setup_gradient(setup)) < 1e-4
+    return relative_error(found, scale * exact_setup_gradient(setup))
+
+
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_expected_gradient_is_the_policy_gradient(name, device):
+    assert error_of_the_expected_gradient(name, 1.0, device) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["RLOO, k = 2", "REBEL"])
+def test_expected_gradient_at_another_temperature(name, device):
+    assert error_of_the_expected_gradient(name, 0.6, device) < 1e-4
 
 
 # Which completions the four rows of a rollout are, two groups of two.
@@ -61,10 +71,10 @@ ROWS = {"mixed lengths": (0, 3, 2, 1), "another batch": (1, 2, 3, 3)}
 class Update:
     """One rollout of an agent on given completions, `agent.learn` included, and what a second implementation needs."""
 
-    def __init__(self, agent_class, rows, device, **options):
+    def __init__(self, agent_class, rows, device, rate=0.03, **options):
         self.tree = tiny_tree()
         setup = make_setup(self.tree, seed=0, num_envs=4, displaced=True, device=device)
-        self.rate, self.beta, self.device, self.prompts = 0.03, setup.beta, device, []
+        self.rate, self.beta, self.device, self.prompts = rate, setup.beta, device, []
         self.reference = copy.deepcopy(setup.reference)
         self.agent = make_agent(setup, agent_class, num_generations=2, learning_rate=self.rate, **options)
         self.model = copy.deepcopy(setup.model)
@@ -148,6 +158,38 @@ def test_pairs_share_half_the_difference_of_their_returns(device):
     loss = -sum(0.5 * (returns[i] - returns[i + 1]) * (sums[i] - sums[i + 1]) for i in (0, 2)) / 2
     update.descend(loss)
     update.compare()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_epochs_of_rebel(rows, device):
+    """In minibatches of one pair each, of which only the order is left to chance."""
+    update = Update(REBEL, ROWS[rows], device, rate=0.003, n_epochs=2, batch_size=2, eta=0.8, micro_batch_size=1)
+    returns, old = update.returns(update.model), [update.log_probs(update.model, row).sum().item() for row in range(4)]
+    generator = copy.deepcopy(make_agent(make_setup(tiny_tree(), seed=0, num_envs=4), REBEL).minibatch_generator)
+    for _ in range(2):
+        for pair in generator.permutation(2):
+            i, j = 2 * pair, 2 * pair + 1
+            gaps = [update.log_probs(update.model, row).sum() - old[row] for row in (i, j)]
+            update.descend(((gaps[0] - gaps[1]) / 0.8 - (returns[i] - returns[j])) ** 2)
+    update.compare()
+
+
+def test_rebel_with_one_rollout_of_everything_solves_for_the_optimum(device):
+    """ηβ = 1: the exact solution of the first regression is π_ref exp(r/β)/Z, whatever the policy that sampled."""
+    tree = hard_tree(0, vocab_size=3, horizon=2)  # a model can be right at all of its states: no prompt begins another
+    count = tree.num_completions * tree.num_prompts
+    setup = make_setup(tree, seed=0, num_envs=count, displaced=True, device=device)
+    options = {"num_generations": tree.num_completions, "n_epochs": 400, "eta": 1 / setup.beta}
+    agent = make_agent(setup, REBEL, optimizer=torch.optim.Adam, learning_rate=lambda left: 0.003, **options)
+    generate_ids = agent.policy.generate_ids
+    agent.policy.generate_ids = lambda *args, **settings: with_completions(
+        agent.policy, generate_ids(*args, **settings), tree, list(range(tree.num_completions)) * tree.num_prompts
+    )
+    solution = soft_solution(tree, setup.reference_policy(), setup.beta)
+    before = total_variation(tree, agent.policy, solution.policy).max()
+    agent.learn(1)
+    assert before > 0.4
+    assert total_variation(tree, agent.policy, solution.policy).max() < 0.01
 
 
 def stale_rollout(update_class, setup, behaviour, **options):
