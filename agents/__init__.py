@@ -10,6 +10,7 @@ _HOMES = {
     "AdaptiveKLController": "textgym.kl",
     "CausalLMPolicy": "textgym.agents.policy",
     "Evaluation": "textgym.agents.common.evaluation",
+    "NLPO": "textgym.agents.nlpo",
     "PPO": "textgym.agents.ppo",
     "REBEL": "textgym.agents.rebel",
     "REINFORCE": "textgym.agents.reinforce",

@@ -74,6 +74,8 @@ class Agent(BaseAlgorithm):
             raise ValueError(
                 f"`policy` must be a CausalLMPolicy, got {type(policy).__name__}. Make one with `CausalLMPolicy(model, tokenizer)`."
             )
+        if policy.mask is not None:
+            raise ValueError("`policy` must not carry a mask, got that of another agent. Take it off with `policy.mask = None`.")
         if settings["device"] != "auto":
             policy.to(settings["device"])
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if settings["seed"] is None else settings["seed"]

@@ -19,8 +19,9 @@ from textgym.agents.common.generation import DecodeOptions, Generation, decode
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
 from textgym.agents.common.prompt_batches import Prompts, encode
-from textgym.agents.common.sampling import Sampling, draw, kept_tokens, scale_logits
+from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
+from textgym.agents.common.token_mask import TokenMask
 from textgym.tokenizers import decode as decode_ids
 from textgym.tokenizers import end_token_ids, filler_token_id
 
@@ -54,6 +55,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         eos_token_ids: tuple of int.
         fill_token_id: what stands past the end of a completion; nothing depends on it.
         frozen: True for a reference: it is never scored with gradients.
+        mask: a `TokenMask` that says which tokens are legal in each state, before any truncation; a part of the distribution like
+            `sampling`, and like it no part of what `save_pretrained` writes. None allows every token. `NLPO` sets it.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
         self.fill_token_id = filler_token_id(tokenizer, self.eos_token_ids)
         self.frozen = False
+        self.mask: TokenMask | None = None
         if getattr(model, "hf_device_map", None) is None:
             model.to(get_device(device))
         self.model: Any = model
@@ -135,7 +139,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         else:
             frozen = copy.deepcopy(self)
             frozen.requires_grad_(False)
-        frozen.frozen = True
+        frozen.frozen, frozen.mask = True, None
         return frozen
 
     frozen_copy = reference  # what `ActorCriticAdapter` calls it
@@ -216,7 +220,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             min_new_tokens: EOS is left out of the distribution before that many.
             stop_strings: a completion also ends with the token that makes its text contain one of these. The environment knows nothing
                 of them: to it, such a completion has not ended.
-            action_mask: legal tokens, (V,) or (B, V) bool, or an `ActionMasker`; the distribution is renormalised over them.
+            action_mask: legal tokens, (V,) or (B, V) bool, or an `ActionMasker`; the distribution is renormalised over them. None: the
+                policy's `mask`.
             generator: takes the place of `seed`.
         """
         given: dict[str, Any] = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -272,13 +277,13 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             eos_token_ids=self.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids),
             fill_token_id=self.fill_token_id,
             stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ()),
-            action_mask=action_mask,
+            action_mask=self.mask.masker() if action_mask is None and self.mask is not None else action_mask,
         )
         return decode(self.backbone, prompt_ids, prompt_lengths, options, generator or self.generator, self.decode_texts)
 
     def kept_mask(self, sampling: Sampling) -> PolicyMask:
         """Returns an `ActionMasker` of the tokens that this policy keeps under `sampling`, for `action_mask` of another one."""
-        return PolicyMask(self.backbone, sampling)
+        return PolicyMask(self.backbone, TokenRule(sampling))
 
     def decode_texts(self, ids: list[list[int]]) -> list[str]:
         """Decodes id lists without special tokens, as the environment does."""
@@ -314,7 +319,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             entropy: also give the entropies.
             hidden: also give the hidden states at s_t.
             values: a value head, whose values at s_t are given too.
-            keep: kept sets to renormalise over, as `Generation.kept` holds them. None with truncation on: those of the present logits.
+            keep: kept sets to renormalise over, as `Generation.kept` holds them. None with truncation or a mask on: those of the present
+                logits and the present mask.
             return_keep: also give the kept sets that were used.
             sampling: another distribution than the policy's own.
         """
@@ -325,6 +331,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 layout,
                 sampling or self.sampling,
                 kept=None if keep is None else keep.to(self.device),
+                legal=self._legal_along(layout) if keep is None else None,
                 entropy=entropy,
                 hidden=hidden,
                 value_head=values,
@@ -359,11 +366,11 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         acting = state if isinstance(state, ActingState) else self._acting
         with torch.no_grad():
             logits = scale_logits(acting.observe(self.backbone, batch), self.sampling.temperature)
+            kept = kept_tokens(logits, self.sampling, self._legal_at(batch))
+            logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
             if deterministic:
                 tokens = logits.argmax(-1)
             else:
-                kept = kept_tokens(logits, self.sampling)
-                logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
                 uniforms = torch.rand(len(logits), generator=generator or self.generator, device=self.device, dtype=torch.float64)
                 tokens = draw(logits, uniforms)[0]
         actions = tokens.cpu().numpy()

@@ -46,7 +46,7 @@ class RolloutBatch:
         kl_per_sequence: (B,) float32, Σ_t log π − log π_ref in nats; NaN where nothing measured it.
         num_generations: G, completions per prompt.
         reference_log_probs: (B, T) float32, log π_ref of the tokens, zero on padding; only for agents that apply β themselves.
-        kept: (B, T, ceil(V/8)) uint8 bits of the tokens that truncated sampling kept, or None for the whole vocabulary.
+        kept: (B, T, ceil(V/8)) uint8 bits of the tokens that truncated sampling or a mask kept, or None for the whole vocabulary.
         steps: the observations step by step, only if they are not the concatenation of prompt and completion.
         infos: the final info of each episode.
     """

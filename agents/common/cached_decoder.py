@@ -7,7 +7,7 @@ from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.kv_cache import PreallocatedLayer, preallocated_cache
-from textgym.agents.common.sampling import Sampling, kept_tokens, scale_logits
+from textgym.agents.common.sampling import TokenRule
 
 
 class CachedDecoder:
@@ -100,32 +100,27 @@ class PolicyMask:
 
     Args:
         backbone: the model that decides.
-        sampling: which tokens it keeps.
+        rule: which tokens it keeps.
     """
 
-    def __init__(self, backbone: Backbone, sampling: Sampling) -> None:
-        if not sampling.truncates:
+    def __init__(self, backbone: Backbone, rule: TokenRule) -> None:
+        if not rule.sampling.truncates:
             raise ValueError("`sampling` of a PolicyMask must leave something out: set top_k, top_p or min_p.")
         self._backbone = backbone
-        self._sampling = sampling
+        self._rule = rule
         self._decoder: CachedDecoder | None = None
 
     def start(self, prompt_ids: Tensor, prompt_lengths: Tensor, max_new_tokens: int, num_generations: int) -> Tensor:
         """See `ActionMasker`."""
         self._decoder = CachedDecoder(self._backbone, prompt_ids, prompt_lengths, max_new_tokens, num_generations)
-        return self._kept(self._decoder.logits)
+        return self._rule(self._decoder.logits)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `ActionMasker`."""
         assert self._decoder is not None, "the decode loop calls start first"
-        return self._kept(self._decoder.step(tokens))
+        return self._rule(self._decoder.step(tokens))
 
     def select(self, rows: Tensor) -> None:
         """See `ActionMasker`."""
         assert self._decoder is not None, "the decode loop calls start first"
         self._decoder.select(rows)
-
-    def _kept(self, logits: Tensor) -> Tensor:
-        kept = kept_tokens(scale_logits(logits, self._sampling.temperature), self._sampling)
-        assert kept is not None, "the constructor asked for a truncating sampling"
-        return kept

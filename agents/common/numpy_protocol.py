@@ -21,6 +21,7 @@ from textgym.agents.common.scoring import (
     score_completions,
     spread,
 )
+from textgym.agents.common.token_mask import TokenMask
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -33,11 +34,13 @@ class NumpyProtocol:
     Attributes:
         backbone: the model.
         sampling: the distribution that is scored.
+        mask: the tokens that are legal before any truncation, state by state; None allows all.
         remembers_rows: see `textgym.types.TokenPolicy`.
     """
 
     backbone: Backbone
     sampling: Sampling
+    mask: TokenMask | None
     _acting: ActingState
     remembers_rows = True  # `_acting` compares row i of a batch with row i of the one before
 
@@ -46,7 +49,7 @@ class NumpyProtocol:
         """See `textgym.types.TokenPolicy`. Observations that grow by a token per call cost one cached step each."""
         tokens = self._ids(actions)
         logits = scale_logits(self._acting.observe(self.backbone, observations), self.sampling.temperature)
-        kept = kept_tokens(logits, self.sampling)
+        kept = kept_tokens(logits, self.sampling, self._legal_at(observations))
         if kept is not None:
             logits = logits.masked_fill(~kept.scatter(-1, tokens.unsqueeze(-1), True), -torch.inf)
         return _numpy(token_log_probs(logits, tokens))
@@ -55,13 +58,14 @@ class NumpyProtocol:
     def sequence_log_probs(self, prompt_ids: Array, prompt_lengths: Array, actions: Array, lengths: Array) -> FloatArray:
         """See `textgym.types.TokenPolicy`."""
         layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
-        return _numpy(score_completions(self.backbone, layout, self.sampling).log_probs)
+        return _numpy(score_completions(self.backbone, layout, self.sampling, legal=self._legal_along(layout)).log_probs)
 
     @torch.no_grad()
     def paired_log_probs(self, reference: Any, observations: Observation, actions: Array) -> tuple[FloatArray, FloatArray]:
         """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
-        first, second = paired_distributions(*self._observe_both(reference, observations), self.sampling, self._ids(actions))
-        return _numpy(token_log_probs(first, self._ids(actions))), _numpy(token_log_probs(second, self._ids(actions)))
+        tokens, legal = self._ids(actions), self._legal_at(observations)
+        first, second = paired_distributions(*self._observe_both(reference, observations), self.sampling, tokens, legal)
+        return _numpy(token_log_probs(first, tokens)), _numpy(token_log_probs(second, tokens))
 
     @torch.no_grad()
     def paired_sequence_log_probs(
@@ -71,7 +75,8 @@ class NumpyProtocol:
         other = self._other(reference)
         layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
         pair = _sequence_pair(self.backbone, other, layout)
-        first, second = paired_log_probs(self.backbone, pair[0], other, pair[1], layout.targets, self.sampling)
+        legal = self._legal_along(layout)
+        first, second = paired_log_probs(self.backbone, pair[0], other, pair[1], layout.targets, self.sampling, legal)
         return _numpy(spread(first, layout.mask)), _numpy(spread(second, layout.mask))
 
     @torch.no_grad()
@@ -82,12 +87,13 @@ class NumpyProtocol:
         if self.sampling.truncates:
             return self.paired_sequence_log_probs(reference, prompt_ids, prompt_lengths, actions, lengths)[1]
         layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
-        return _numpy(score_completions(self._other(reference), layout, self.sampling).log_probs)
+        return _numpy(score_completions(self._other(reference), layout, self.sampling, legal=self._legal_along(layout)).log_probs)
 
     @torch.no_grad()
     def full_kl(self, reference: Any, observations: Observation) -> FloatArray:
         """See `textgym.types.TokenPolicy`; `reference` is a `CausalLMPolicy` too."""
-        first, second = paired_distributions(*self._observe_both(reference, observations), self.sampling)
+        pair, legal = self._observe_both(reference, observations), self._legal_at(observations)
+        first, second = paired_distributions(*pair, self.sampling, legal=legal)
         return _numpy(divergence(first, second))
 
     @torch.no_grad()
@@ -96,13 +102,22 @@ class NumpyProtocol:
         other = self._other(reference)
         layout = self._layout(prompt_ids, prompt_lengths, actions, lengths)
         pair = _sequence_pair(self.backbone, other, layout)
-        return _numpy(spread(full_kl(self.backbone, pair[0], other, pair[1], self.sampling), layout.mask))
+        divergences = full_kl(self.backbone, pair[0], other, pair[1], self.sampling, self._legal_along(layout))
+        return _numpy(spread(divergences, layout.mask))
 
     def _observe_both(self, reference: Any, observations: Observation) -> tuple[Tensor, Tensor]:
         """Logits of both models at the observations, each through its own cache."""
         other = self._other(reference)
         acting: ActingState = reference._acting
         return self._acting.observe(self.backbone, observations), acting.observe(other, observations)
+
+    def _legal_at(self, observations: Observation) -> Tensor | None:
+        """The legal tokens at observations, (B, V) bool; None if all are."""
+        return None if self.mask is None else self.mask.at(observations)
+
+    def _legal_along(self, layout: Rows) -> Tensor | None:
+        """The packed sets of legal tokens at the states of completions, (N, ceil(V/8)) uint8; None if all are."""
+        return None if self.mask is None else self.mask.along(layout)
 
     def _ids(self, array: Array | Tensor) -> Tensor:
         return torch.as_tensor(array, dtype=torch.int64, device=self.backbone.device)

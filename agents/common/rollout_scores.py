@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from textgym.agents.common.batches import RolloutBatch, StepObservations
 from textgym.agents.common.critic import Critic
+from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 
 
@@ -19,18 +20,27 @@ class RolloutScores(NamedTuple):
         entropy: of the policy at s_t in nats, (B, T), zero on padding; None if not asked for.
         values: V(s_t), (B, T), zero on padding; None without a critic.
         end_values: V of the state after the last token, (B,); None unless asked for.
+        kept: the packed kept sets that `log_probs` were renormalised over, (B, T, ceil(V/8)) uint8; None unless asked for, and when every
+            token is kept.
     """
 
     log_probs: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
     end_values: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def score_rollout(
-    policy: CausalLMPolicy, batch: RolloutBatch, critic: Critic | None = None, *, entropy: bool = False, end_values: bool = False
+    policy: CausalLMPolicy,
+    batch: RolloutBatch,
+    critic: Critic | None = None,
+    *,
+    entropy: bool = False,
+    end_values: bool = False,
+    return_kept: bool = False,
 ) -> RolloutScores:
-    """Scores the tokens of `batch`, with gradient.
+    """Scores the tokens of `batch`, with gradient, over the kept sets that it carries.
 
     Args:
         policy: the language model.
@@ -38,15 +48,25 @@ def score_rollout(
         critic: a value function; its pass is shared with the policy's where the trunk is.
         entropy: also return the entropies.
         end_values: also value the state after the last token (for rows that an outer time limit cut).
+        return_kept: also return the kept sets.
     """
     if batch.steps is not None:
-        return _score_steps(policy, batch, batch.steps, critic, entropy, end_values)
+        return _score_steps(policy, batch, batch.steps, critic, entropy, end_values, return_kept)
     # One token more makes the state after the last token visible; which one does not matter, the models are causal.
     extra = int(end_values and critic is not None)
     completion_ids, lengths = pad(batch.completion_ids, (0, extra)), batch.lengths + extra
     kept = None if batch.kept is None else pad(batch.kept, (0, 0, 0, extra), value=255)
     hidden = critic is not None and critic.reads_policy
-    scores = policy.score(batch.prompt_ids, batch.prompt_lengths, completion_ids, lengths, entropy=entropy, hidden=hidden, keep=kept)
+    scores = policy.score(
+        batch.prompt_ids,
+        batch.prompt_lengths,
+        completion_ids,
+        lengths,
+        entropy=entropy,
+        hidden=hidden,
+        keep=kept,
+        return_keep=return_kept,
+    )
     width, mask = batch.completion_ids.shape[1], batch.completion_mask
     values = None
     if critic is not None:
@@ -60,6 +80,7 @@ def score_rollout(
         entropy=None if scores.entropy is None else _masked(scores.entropy[:, :width], mask),
         values=None if values is None else _masked(values[:, :width], mask),
         end_values=None if values is None or not extra else values.gather(1, batch.lengths[:, None]).squeeze(1),
+        kept=None if scores.kept is None else scores.kept[:, :width],
     )
 
 
@@ -68,7 +89,13 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _score_steps(
-    policy: CausalLMPolicy, batch: RolloutBatch, steps: StepObservations, critic: Critic | None, entropy: bool, end_values: bool
+    policy: CausalLMPolicy,
+    batch: RolloutBatch,
+    steps: StepObservations,
+    critic: Critic | None,
+    entropy: bool,
+    end_values: bool,
+    return_kept: bool,
 ) -> RolloutScores:
     """The closed-loop form: every step is a sequence of its own, with one token to score."""
     width, mask = batch.completion_ids.shape[1], batch.completion_mask
@@ -80,7 +107,8 @@ def _score_steps(
     tokens = pad(batch.completion_ids, (0, 1))[wanted][:, None]
     ones = torch.ones_like(prompt_lengths)
     hidden = critic is not None and critic.reads_policy
-    scores = policy.score(prompt_ids, prompt_lengths, tokens, ones, entropy=entropy, hidden=hidden)
+    keep = None if batch.kept is None else pad(batch.kept, (0, 0, 0, 1), value=255)[wanted][:, None]
+    scores = policy.score(prompt_ids, prompt_lengths, tokens, ones, entropy=entropy, hidden=hidden, keep=keep, return_keep=return_kept)
     values = None
     if critic is not None:
         values = (
@@ -97,6 +125,7 @@ def _score_steps(
         entropy=None if scores.entropy is None else _masked(table(scores.entropy)[:, :width], mask),
         values=None if value_table is None else _masked(value_table[:, :width], mask),
         end_values=None if value_table is None or not end_values else value_table.gather(1, batch.lengths[:, None]).squeeze(1),
+        kept=None if scores.kept is None else spread(scores.kept[:, 0], wanted)[:, :width],
     )
 
 

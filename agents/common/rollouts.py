@@ -173,7 +173,8 @@ class RolloutCollector:
             prompt_ids, prompt_lengths, completion_ids, torch.zeros(completion_ids.shape), walk.result(), kept=None, steps=steps
         )
         with torch.no_grad():
-            return replace(batch, log_probs=score_rollout(self.policy, batch).log_probs)
+            scores = score_rollout(self.policy, batch, return_kept=True)
+        return replace(batch, log_probs=scores.log_probs, kept=scores.kept)
 
     def _say_closed_loop(self) -> None:
         """Remembers, and says once, that this stack has to be acted on step by step."""

@@ -5,6 +5,7 @@ A *kept set* is a boolean mask over the vocabulary, True = the token can be draw
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,39 @@ def kept_tokens(logits: Tensor, sampling: Sampling, legal: Tensor | None = None)
         return logits > -torch.inf
 
 
+class TokenRule:
+    """Which tokens the logits of a model leave in: its truncated distribution, a smallest number of tokens, and some in any case.
+
+    Args:
+        sampling: temperature and truncation.
+        min_tokens_to_keep: so many of the most probable tokens stay whatever the truncation says (ties with the last are kept too).
+        always: ids that stay in any case.
+    """
+
+    def __init__(self, sampling: Sampling, min_tokens_to_keep: int = 1, always: Sequence[int] = ()) -> None:
+        self.sampling, self.min_tokens_to_keep, self.always = sampling, min_tokens_to_keep, tuple(always)
+        self._always: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Returns (..., V) bool, True = left in, from a model's logits (..., V) before the temperature."""
+        logits = scale_logits(logits, self.sampling.temperature)
+        kept = kept_tokens(logits, self.sampling)
+        if kept is None:
+            return torch.ones_like(logits, dtype=torch.bool)
+        if self.min_tokens_to_keep > 1:
+            last = logits.topk(min(self.min_tokens_to_keep, logits.shape[-1]), dim=-1).values[..., -1:]
+            kept = kept | (logits >= last)
+        return kept | self._in_any_case(logits)
+
+    def _in_any_case(self, logits: Tensor) -> Tensor:
+        """(V,) bool, kept on the device: a list of ids would be sent there at every step."""
+        if self._always is None or self._always.device != logits.device:
+            self._always = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            self._always[list(self.always)] = True
+        return self._always
+
+
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
@@ -170,3 +204,11 @@ def unpack_kept(packed: Tensor, vocab_size: int) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()
+
+
+def count_kept(packed: Tensor) -> Tensor:
+    """Returns how many tokens packed sets hold: (..., ceil(V/8)) uint8 to (...) int64."""
+    # The bits of each byte are added up pairwise, in place of a table of V booleans.
+    pairs = packed - ((packed >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(-1)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.sampling import (
     Sampling,
+    TokenRule,
     distribution_entropy,
     kept_tokens,
     pack_kept,
@@ -92,6 +93,7 @@ def score_completions(
     sampling: Sampling,
     *,
     kept: Tensor | None = None,
+    legal: Tensor | None = None,
     entropy: bool = False,
     hidden: bool = False,
     value_head: nn.Module | None = None,
@@ -105,6 +107,8 @@ def score_completions(
         sampling: temperature and truncation of the distribution that is scored.
         kept: packed kept sets to renormalise over, (B, T, ceil(V/8)) uint8, as generation returned them; they take the place of top-k,
             top-p and min-p. None: the kept set is worked out from the present logits. Either way a token that was chosen counts as kept.
+        legal: packed sets of the tokens that are allowed before any truncation, (N, ceil(V/8)) uint8, one per completion token; None
+            allows all. Not asked where `kept` is given, which has it in it.
         entropy: also give entropies.
         hidden: also give hidden states.
         value_head: (N, H) to (N,); also give its values.
@@ -116,8 +120,8 @@ def score_completions(
     features, states = features[layout.rows, layout.columns], states[layout.rows, layout.columns]
     kept_rows = None if kept is None else kept[layout.mask]
 
-    def statistics(features: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-        logits, kept_now = _sampling_logits(backbone, features, targets, sampling, kept)
+    def statistics(features: Tensor, targets: Tensor, kept: Tensor | None, legal: Tensor | None) -> tuple[Tensor, ...]:
+        logits, kept_now = _sampling_logits(backbone, features, targets, sampling, kept, legal)
         found = [token_log_probs(logits, targets)]
         if entropy:
             found.append(distribution_entropy(logits))
@@ -125,7 +129,7 @@ def score_completions(
             found.append(pack_kept(kept_now))
         return tuple(found)
 
-    found = list(_in_chunks(statistics, backbone.vocab_size, features, layout.targets, kept_rows))
+    found = list(_in_chunks(statistics, backbone.vocab_size, features, layout.targets, kept_rows, legal))
     log_probs = found.pop(0)
     return Scores(
         log_probs=spread(log_probs, layout.mask),
@@ -137,37 +141,61 @@ def score_completions(
 
 
 def paired_log_probs(
-    backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, targets: Tensor, sampling: Sampling
+    backbone: Backbone,
+    features: Tensor,
+    other: Backbone,
+    other_features: Tensor,
+    targets: Tensor,
+    sampling: Sampling,
+    legal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` (N,) under two models at one temperature, both renormalised over the tokens that the first one keeps.
+
+    Those are taken from the packed sets `legal` (N, ceil(V/8)) if given.
 
     Returns:
         (N,) and (N,) float32.
     """
 
-    def statistics(features: Tensor, other_features: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits, other_logits = paired_distributions(backbone.logits(features), other.logits(other_features), sampling, targets)
+    def statistics(features: Tensor, other_features: Tensor, targets: Tensor, legal: Tensor | None) -> tuple[Tensor, ...]:
+        allowed = None if legal is None else unpack_kept(legal, backbone.vocab_size)
+        logits, other_logits = paired_distributions(backbone.logits(features), other.logits(other_features), sampling, targets, allowed)
         return token_log_probs(logits, targets), token_log_probs(other_logits, targets)
 
-    first, second = _in_chunks(statistics, backbone.vocab_size, features, other_features, targets)
+    first, second = _in_chunks(statistics, backbone.vocab_size, features, other_features, targets, legal)
     return first, second
 
 
-def full_kl(backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, sampling: Sampling) -> Tensor:
+def full_kl(
+    backbone: Backbone, features: Tensor, other: Backbone, other_features: Tensor, sampling: Sampling, legal: Tensor | None = None
+) -> Tensor:
     """Returns KL(first ‖ other) over the whole vocabulary at each of N states, in nats, (N,) float32; see `paired_log_probs`."""
 
-    def statistics(features: Tensor, other_features: Tensor) -> tuple[Tensor, ...]:
-        return (divergence(*paired_distributions(backbone.logits(features), other.logits(other_features), sampling)),)
+    def statistics(features: Tensor, other_features: Tensor, legal: Tensor | None) -> tuple[Tensor, ...]:
+        allowed = None if legal is None else unpack_kept(legal, backbone.vocab_size)
+        return (divergence(*paired_distributions(backbone.logits(features), other.logits(other_features), sampling, legal=allowed)),)
 
-    return _in_chunks(statistics, backbone.vocab_size, features, other_features)[0]
+    return _in_chunks(statistics, backbone.vocab_size, features, other_features, legal)[0]
+
+
+@torch.no_grad()
+def kept_along(backbone: Backbone, layout: Rows, rule: TokenRule) -> Tensor:
+    """Returns the packed sets that `rule` leaves in at the state of each completion token, (N, ceil(V/8)) uint8; one pass of the model."""
+    backbone.without_dropout()
+    backbone.check_length(layout.input_ids.shape[1], "Scoring")
+    features = backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns]
+    return _in_chunks(lambda features: (pack_kept(rule(backbone.logits(features))),), backbone.vocab_size, features)[0]
 
 
 def _sampling_logits(
-    backbone: Backbone, features: Tensor, targets: Tensor, sampling: Sampling, kept: Tensor | None
+    backbone: Backbone, features: Tensor, targets: Tensor, sampling: Sampling, kept: Tensor | None, legal: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns float32 logits with -inf outside the kept set, and that set; both (N, V)."""
     logits = scale_logits(backbone.logits(features), sampling.temperature)
-    mask = kept_tokens(logits, sampling) if kept is None else unpack_kept(kept, backbone.vocab_size)
+    if kept is not None:
+        mask: Tensor | None = unpack_kept(kept, backbone.vocab_size)
+    else:
+        mask = kept_tokens(logits, sampling, None if legal is None else unpack_kept(legal, backbone.vocab_size))
     if mask is None:
         return logits, None
     # Rounding may put a token at the edge of the set on the other side than at sampling; it was drawn, so it was in.
@@ -175,10 +203,15 @@ def _sampling_logits(
     return logits.masked_fill(~mask, -torch.inf), mask
 
 
-def paired_distributions(logits: Tensor, other_logits: Tensor, sampling: Sampling, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Brings the logits (N, V) of two models to one temperature and one kept set: the first one's, and `targets` (N,) if given."""
+def paired_distributions(
+    logits: Tensor, other_logits: Tensor, sampling: Sampling, targets: Tensor | None = None, legal: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Brings the logits (N, V) of two models to one temperature and one kept set.
+
+    That is the first one's, out of the tokens `legal` (N, V) if given, and `targets` (N,) if given.
+    """
     logits, other_logits = scale_logits(logits, sampling.temperature), scale_logits(other_logits, sampling.temperature)
-    mask = kept_tokens(logits, sampling)
+    mask = kept_tokens(logits, sampling, legal)
     if mask is None:
         return logits, other_logits
     if targets is not None:

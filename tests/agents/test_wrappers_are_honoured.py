@@ -1,6 +1,7 @@
 """Whatever a user puts on the stack, agents learn in it: rewards, observations, actions, early ends, time limits."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -163,3 +164,21 @@ def test_a_native_time_limit_truncates_too(task) -> None:
     rollout = agent.collector.walk(np.arange(16) % 3, agent.sampling_generator)
     assert rollout.truncated.any() and (rollout.lengths == 1).all()
     agent.learn(40)
+
+
+def test_the_closed_loop_keeps_the_sets_it_sampled_from(task) -> None:
+    """Truncated sampling: once the policy has moved, both sides of the ratio are still over the tokens that could be drawn."""
+    agent = PPO(task.policy(top_k=2), NextToken(task.envs(8)), seed=0)
+    with pytest.warns(UserWarning, match="what it sees"):
+        agent.collector.walk(np.arange(8) % 3, agent.sampling_generator)
+    rollout = agent.collector.walk(np.arange(8) % 3, agent.sampling_generator)
+    assert rollout.steps is not None and rollout.kept is not None
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter.mul_(-1.0)
+        scores = score_rollout(agent.policy, rollout, return_kept=True)
+        moved = score_rollout(agent.policy, replace(rollout, kept=None), return_kept=True)
+    mask = rollout.completion_mask
+    assert torch.equal(scores.kept[mask], rollout.kept[mask])
+    assert not torch.equal(moved.kept[mask], rollout.kept[mask])
+    assert not torch.allclose(moved.log_probs, scores.log_probs)

@@ -15,6 +15,7 @@ from textgym.exact import (
     logit_gradient,
     objective,
     policy_values,
+    restrict,
     soft_solution,
     total_variation,
 )
@@ -181,3 +182,20 @@ def test_reference_of_hard_tree_is_far_from_uniform_and_optimum():
 def test_beta_must_be_positive(tree, reference, beta):
     with pytest.raises(ValueError, match="`beta` must be positive"):
         soft_solution(tree, reference, beta)
+
+
+def test_restricted_policies_and_their_optimum(tree):
+    """By hand in one state; then no policy inside the mask has more of the restricted objective than the restricted optimum."""
+    uniform = restrict(tree.uniform_policy(), np.tile([True, False, True, False, True], (tree.num_states, 1)))
+    np.testing.assert_allclose(np.exp(uniform[0, 0]), [1 / 3, 0, 1 / 3, 0, 1 / 3])
+    kept = np.random.default_rng(1).random((tree.num_prompts, tree.num_states, tree.vocab_size)) < 0.5
+    kept[..., tree.eos_token_id] = True
+    reference = restrict(tree.random_policy(0), kept)
+    best = soft_solution(tree, reference, 0.5)
+    assert (np.exp(tree.log_probs(best.policy)).sum(axis=-1)).tolist() == pytest.approx([1.0] * 3)
+    np.testing.assert_allclose(objective(tree, best.policy, reference, 0.5), best.objective)
+    for seed in range(1, 20):
+        other = restrict(tree.random_policy(seed), kept)
+        assert (objective(tree, other, reference, 0.5) < best.objective).all()
+    with pytest.raises(ValueError, match="at least one action"):
+        restrict(tree.uniform_policy(), np.zeros((tree.num_states, tree.vocab_size), dtype=bool))

@@ -26,6 +26,7 @@ from textgym.exact.solutions import (
     logit_gradient,
     objective,
     policy_values,
+    restrict,
     soft_solution,
     total_variation,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "polynomial_step_size",
     "q_learning",
     "rescaled_linear_step_size",
+    "restrict",
     "soft_solution",
     "synchronous_q_learning",
     "total_variation",

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from textgym.exact.gradients import completion_log_probs, exact_gradient, model_score
 from textgym.exact.models import tiny_lm
 from textgym.exact.problems import HARD_TREE_BETA, hard_tree
-from textgym.exact.solutions import completion_distance, completion_kl, soft_solution
+from textgym.exact.solutions import completion_distance, completion_kl, restrict, soft_solution
 from textgym.exact.texts import TreeReward
 from textgym.exact.tree import Table, TokenTree
+from textgym.types import BoolArray
 
 
 class Agent(Protocol):
@@ -70,12 +71,17 @@ class Setup:
 
     def reference_policy(self) -> Table:
         """Returns π_ref as a tabular policy."""
-        with torch.no_grad():
-            log_probs = completion_log_probs(self.tree, model_score(self.reference, self.temperature), self.reference.device)
-        return self.tree.tabular(log_probs.double().cpu().numpy())
+        return tabular_policy(self, self.reference)
 
 
 MakeAgent = Callable[[Setup], Agent]
+
+
+def tabular_policy(setup: Setup, model: PreTrainedModel) -> Table:
+    """Returns the distribution of a model, at the setup's temperature and over the whole vocabulary, as a tabular policy."""
+    with torch.no_grad():
+        log_probs = completion_log_probs(setup.tree, model_score(model, setup.temperature), model.device)
+    return setup.tree.tabular(log_probs.double().cpu().numpy())
 
 
 def make_setup(
@@ -141,7 +147,14 @@ class FixedPoint(NamedTuple):
 
 
 def certify_fixed_point(
-    make_agent: MakeAgent, *, seed: int, num_envs: int, total_timesteps: int, tree: TokenTree | None = None, device: str = "cpu"
+    make_agent: MakeAgent,
+    *,
+    seed: int,
+    num_envs: int,
+    total_timesteps: int,
+    tree: TokenTree | None = None,
+    kept: Callable[[Agent, Setup], BoolArray] | None = None,
+    device: str = "cpu",
 ) -> FixedPoint:
     """Trains an agent on the hard tree and measures its distance to π*.
 
@@ -151,16 +164,22 @@ def certify_fixed_point(
         num_envs: rows of the environment.
         total_timesteps: tokens to train for.
         tree: another tree than `hard_tree(seed)`.
+        kept: for an agent whose policy and reference are renormalised over a part of the vocabulary, what that part is when it has
+            learned, (N, S, V): π* is then the optimum inside it (`solutions.restrict`).
         device: of the models.
     """
     setup = make_setup(hard_tree(seed) if tree is None else tree, seed=seed, num_envs=num_envs, device=device)
     reference = setup.reference_policy()
-    solution = soft_solution(setup.tree, reference, setup.beta)
     agent = make_agent(setup)
     begin = time.perf_counter()
     agent.learn(total_timesteps)
     seconds = time.perf_counter() - begin
-    log_probs, reference_log_probs = setup.tree.log_probs(agent.policy), setup.tree.log_probs(reference)
+    policy = agent.policy
+    if kept is not None:
+        part = kept(agent, setup)
+        policy, reference = restrict(tabular_policy(setup, setup.model), part), restrict(reference, part)
+    solution = soft_solution(setup.tree, reference, setup.beta)
+    log_probs, reference_log_probs = setup.tree.log_probs(policy), setup.tree.log_probs(reference)
     kl = completion_kl(log_probs, reference_log_probs)
     reward = (np.exp(log_probs) * setup.tree.rewards).sum(axis=-1)
     return FixedPoint(
@@ -275,7 +294,12 @@ def compare_gradients(samples: Tensor, exact: Tensor, scale: float = 1.0) -> Gra
 
 
 def expected_gradient(
-    make_agent: MakeAgent, setup: Setup, *, group: int = 1, before_rollout: Callable[[Agent], None] = lambda agent: None
+    make_agent: MakeAgent,
+    setup: Setup,
+    *,
+    group: int = 1,
+    before_rollout: Callable[[Agent], None] = lambda agent: None,
+    log_probs: Table | None = None,
 ) -> Tensor:
     """Returns E[−gradient] of an agent's first step, (D,) float64, by giving it every completion instead of samples.
 
@@ -288,11 +312,13 @@ def expected_gradient(
         setup: with `num_envs=group`.
         group: rows of a rollout; they must share the prompt (`num_generations`), unless the tree has one prompt.
         before_rollout: called with the agent before each rollout, to put back what the agent carries on.
+        log_probs: log π(y|x) of the policy that samples, (N, C), where it leaves completions out (with −∞ there); by default what the
+            agent's policy says, which counts every token of a completion as one that could be drawn.
     """
     if setup.envs.num_envs != group:
         raise ValueError(f"`group` must be the number of environments, {setup.envs.num_envs}, got {group}.")
     tree, agent = setup.tree, make_agent(setup)
-    log_probs = tree.log_probs(agent.policy)
+    log_probs = tree.log_probs(agent.policy) if log_probs is None else log_probs
     remaining = {ids: itertools.product(range(tree.num_completions), repeat=group) for ids in tree.prompts}
     weights: list[float] = []
     generate_ids = agent.policy.generate_ids
@@ -321,5 +347,5 @@ def with_completions(policy: Any, generation: Any, tree: TokenTree, rows: Sequen
     device = generation.ids.device
     ids, lengths = (torch.as_tensor(table[list(rows)], device=device) for table in (tree.completions, tree.lengths))
     with torch.no_grad():
-        log_probs = policy.score(generation.prompt_ids, generation.prompt_lengths, ids, lengths).log_probs
-    return replace(cast(Any, generation), ids=ids, lengths=lengths, log_probs=log_probs)
+        scores = policy.score(generation.prompt_ids, generation.prompt_lengths, ids, lengths, return_keep=True)
+    return replace(cast(Any, generation), ids=ids, lengths=lengths, log_probs=scores.log_probs, kept=scores.kept)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from textgym.exact.tree import Table, TokenTree
+from textgym.types import BoolArray
 
 
 class SoftSolution(NamedTuple):
@@ -149,6 +150,26 @@ def total_variation(tree: TokenTree, policy: Any, other: Any) -> Table:
 def completion_distance(log_probs: Table, other_log_probs: Table) -> Table:
     """Returns the total variation of distributions over completions, (N, C) twice to (N,)."""
     return np.asarray(0.5 * np.abs(np.exp(log_probs) - np.exp(other_log_probs)).sum(axis=-1))
+
+
+def restrict(policy: Table, kept: BoolArray) -> Table:
+    """Renormalises a tabular policy over a part of the actions of each state: what a mask or truncated sampling makes of it.
+
+    π_K(a|s) = π(a|s) / Σ_{b ∈ K(s)} π(b|s) for a in K(s), else 0. With the reference restricted alike, `soft_solution` gives the best
+    of all policies that stay inside: J_K(π) = E_π [r − β Σ_t log π(y_t|s_t)/π_ref,K(y_t|s_t)] is J of another reference.
+
+    Args:
+        policy: tabular, log π(a|s), (N, S, V).
+        kept: K, True = the action stays, (N, S, V) or (S, V); at least one in each state.
+
+    Returns:
+        Tabular policy, −∞ outside K, (N, S, V).
+    """
+    kept = np.broadcast_to(kept, policy.shape)
+    if not kept.any(axis=-1).all():
+        raise ValueError(f"`kept` must keep at least one action in each state, got none at {np.argwhere(~kept.any(axis=-1))[0].tolist()}.")
+    inside = np.where(kept, policy, -np.inf)
+    return np.asarray(inside - np.logaddexp.reduce(inside, axis=-1, keepdims=True))
 
 
 class FrontierPoint(NamedTuple):

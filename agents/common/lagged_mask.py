@@ -1,0 +1,79 @@
+"""`LaggedMask`: the tokens that an earlier version of a policy thinks probable, as that policy's own mask."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from textgym.agents.common.acting import ActingState
+from textgym.agents.common.cached_decoder import PolicyMask
+from textgym.agents.common.sampling import Sampling, TokenRule
+from textgym.agents.common.scoring import Rows, kept_along
+from textgym.agents.policy import CausalLMPolicy
+
+
+class LaggedMask:
+    """The top-p set of a lagged copy of a policy, at the policy's temperature: a `TokenMask`.
+
+    The copy holds parameters of its own only where the policy has trainable ones (a LoRA policy: the adapter); the rest is shared.
+    Every place that asks, the decode loop included, goes to the one copy that `refresh` moves.
+
+    Args:
+        policy: who is followed.
+        top_p: probability mass of the set, in (0, 1).
+        min_tokens_to_keep: so many of the most probable tokens are in it whatever their mass.
+        always: ids that are legal everywhere.
+
+    Attributes:
+        rule: from the logits of the copy to the legal tokens.
+        lagged: the copy.
+    """
+
+    def __init__(self, policy: CausalLMPolicy, top_p: float, min_tokens_to_keep: int = 1, always: Sequence[int] = ()) -> None:
+        self.rule = TokenRule(Sampling(policy.sampling.temperature, top_p=top_p), min_tokens_to_keep, always)
+        # What is in the memo is not copied.
+        shared = [tensor for tensor in chain(policy.parameters(), policy.buffers()) if not tensor.requires_grad]
+        self.lagged: CausalLMPolicy = copy.deepcopy(policy, {id(item): item for item in (policy.tokenizer, *shared)})
+        twins = zip(policy.model.named_parameters(), self.lagged.model.parameters(), strict=True)
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
+            name: (source, twin) for (name, source), twin in twins if source.requires_grad
+        }
+        self.lagged.requires_grad_(False)
+        self.lagged.frozen, self.lagged.mask = True, None
+        self._acting = ActingState()
+
+    def allow(self, always: Sequence[int]) -> None:
+        """Exchanges the ids that are legal everywhere."""
+        self.rule = TokenRule(self.rule.sampling, self.rule.min_tokens_to_keep, always)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings the copy up to the policy as it is now. In place: nobody is left with an older one."""
+        for source, twin in self._pairs.values():
+            twin.copy_(source)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters of the copy, by name, for a checkpoint."""
+        return {name: twin.detach() for name, (_, twin) in self._pairs.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores what `tensors` returned."""
+        for name, (_, twin) in self._pairs.items():
+            twin.copy_(tensors[name])
+
+    def masker(self) -> PolicyMask:
+        """See `TokenMask`: one more cached forward pass per decode step."""
+        return PolicyMask(self.lagged.backbone, self.rule)
+
+    def at(self, observations: Mapping[str, npt.NDArray[Any]]) -> Tensor:
+        """See `TokenMask`: observations that grow by a token per call cost one cached step each."""
+        return self.rule(self._acting.observe(self.lagged.backbone, observations))
+
+    def along(self, layout: Rows) -> Tensor:
+        """See `TokenMask`: one teacher-forced pass."""
+        return kept_along(self.lagged.backbone, layout, self.rule)
