@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "AdaptiveKLController": "textgym.kl",
     "CausalLMPolicy": "textgym.agents.policy",
+    "DQN": "textgym.agents.dqn",
     "Evaluation": "textgym.agents.common.evaluation",
     "NLPO": "textgym.agents.nlpo",
     "PPO": "textgym.agents.ppo",

@@ -254,6 +254,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         sampling: Sampling | None = None,
         num_generations: int = 1,
         greedy: bool = False,
+        epsilon: float | None = None,
         min_new_tokens: int = 0,
         stop_strings: str | Sequence[str] | None = None,
         action_mask: Tensor | ActionMasker | None = None,
@@ -261,8 +262,9 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
     ) -> Generation:
         """Completes prompts given as ids, (B, P) int64 left-padded with lengths (B,).
 
-        `greedy` takes the most probable token; `log_probs` are still those of `sampling`. `eos_token_ids` stand in for the policy's own
-        (an environment may have others). The rest is as in `generate`.
+        `greedy` takes the most probable token; `log_probs` are still those of `sampling`. With `epsilon` a token is that one with
+        probability 1 − ε, else one of those kept, each alike, and `log_probs` are those of this draw. `eos_token_ids` stand in for the
+        policy's own (an environment may have others). The rest is as in `generate`.
         """
         _check_counts(max_new_tokens=max_new_tokens, num_generations=num_generations)
         if not 0 <= min_new_tokens <= max_new_tokens:
@@ -273,6 +275,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             sampling=sampling or self.sampling,
             num_generations=num_generations,
             greedy=greedy,
+            epsilon=epsilon,
             min_new_tokens=min_new_tokens,
             eos_token_ids=self.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids),
             fill_token_id=self.fill_token_id,

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.cached_decoder import ActionMasker, CachedDecoder
-from textgym.agents.common.sampling import Sampling, draw, kept_tokens, pack_kept, packed_width, scale_logits, token_log_probs
+from textgym.agents.common.sampling import (
+    Sampling,
+    draw,
+    draw_epsilon_greedy,
+    kept_tokens,
+    pack_kept,
+    packed_width,
+    scale_logits,
+    token_log_probs,
+)
 
 Decode = Callable[[list[list[int]]], list[str]]
 
@@ -75,6 +84,7 @@ class DecodeOptions:
         sampling: the distribution to draw from.
         num_generations: completions per prompt; the prompt is run once.
         greedy: take the most probable token instead of drawing; `log_probs` stay those of `sampling`.
+        epsilon: draw ε-greedily over the legal tokens that `sampling` keeps; `log_probs` are those of that draw. None: do not.
         min_new_tokens: EOS is no legal token before that many.
         eos_token_ids: ids that end a row.
         fill_token_id: stands where a row has ended.
@@ -86,6 +96,7 @@ class DecodeOptions:
     sampling: Sampling
     num_generations: int = 1
     greedy: bool = False
+    epsilon: float | None = None
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     fill_token_id: int = 0
@@ -227,6 +238,8 @@ class _DecodeLoop:
         if options.greedy:
             tokens = logits.argmax(-1)
             log_probs = token_log_probs(logits, tokens)
+        elif options.epsilon is not None:
+            tokens, log_probs = draw_epsilon_greedy(logits, uniforms, options.epsilon)
         else:
             tokens, log_probs = draw(logits, uniforms)
         tokens = torch.where(self._finished, options.fill_token_id, tokens)

@@ -58,10 +58,18 @@ class RolloutCollector:
         policy: who acts.
         envs: where; any stack of wrappers.
         num_generations: completions per prompt; neighbouring rows share a prompt. It must divide `envs.num_envs`.
+        behaviour: asked before each walk for further arguments of `policy.generate_ids`: how to explore. By default the policy's own
+            distribution is sampled.
     """
 
-    def __init__(self, policy: CausalLMPolicy, envs: VectorEnv, num_generations: int = 1) -> None:
-        self.policy, self.envs, self.num_generations = policy, envs, num_generations
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        envs: VectorEnv,
+        num_generations: int = 1,
+        behaviour: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.policy, self.envs, self.num_generations, self.behaviour = policy, envs, num_generations, behaviour
         eos = attribute(envs, "eos_token_ids")
         self.eos_token_ids: tuple[int, ...] = tuple(eos) if eos is not None else policy.eos_token_ids
         self.closed_loop = False
@@ -109,6 +117,7 @@ class RolloutCollector:
             num_generations=shared,
             generator=generator,
             eos_token_ids=self.eos_token_ids,
+            **self.behaviour(),
         )
 
     def _stepping(

@@ -172,6 +172,29 @@ def _invert(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     return cell, (target - (cumulative.gather(1, cell) - weight)) / weight
 
 
+def draw_epsilon_greedy(logits: Tensor, uniforms: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Draws one token per row ε-greedily: with probability ε one of the kept tokens, each alike, else the most probable one.
+
+    As in `draw`, one number per row is enough: below ε it also says which of the kept tokens is taken.
+
+    Args:
+        logits: float32, -inf outside the kept set, (B, V).
+        uniforms: in [0, 1), float64, (B,).
+        epsilon: ε in [0, 1].
+
+    Returns:
+        tokens (B,) int64 and the log-probs (B,) float32 of drawing them so.
+    """
+    kept = logits > -torch.inf
+    count, best = kept.sum(-1), logits.argmax(-1)
+    below = (uniforms / epsilon).clamp(max=1) if epsilon else torch.zeros_like(uniforms)
+    rank = torch.minimum((below * count).long(), (count - 1).clamp(min=0))
+    ranked = torch.searchsorted(kept.cumsum(-1), (rank + 1).unsqueeze(-1)).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    tokens = torch.where(uniforms < epsilon, ranked, best)
+    probs = epsilon / count + (1 - epsilon) * (tokens == best)
+    return tokens, probs.log().float()
+
+
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Returns log softmax(logits)[tokens], (...), for float32 logits (..., V) and tokens (...) int64. Differentiable."""
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

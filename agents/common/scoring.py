@@ -129,7 +129,7 @@ def score_completions(
             found.append(pack_kept(kept_now))
         return tuple(found)
 
-    found = list(_in_chunks(statistics, backbone.vocab_size, features, layout.targets, kept_rows, legal))
+    found = list(in_chunks(statistics, backbone.vocab_size, features, layout.targets, kept_rows, legal))
     log_probs = found.pop(0)
     return Scores(
         log_probs=spread(log_probs, layout.mask),
@@ -162,7 +162,7 @@ def paired_log_probs(
         logits, other_logits = paired_distributions(backbone.logits(features), other.logits(other_features), sampling, targets, allowed)
         return token_log_probs(logits, targets), token_log_probs(other_logits, targets)
 
-    first, second = _in_chunks(statistics, backbone.vocab_size, features, other_features, targets, legal)
+    first, second = in_chunks(statistics, backbone.vocab_size, features, other_features, targets, legal)
     return first, second
 
 
@@ -175,7 +175,7 @@ def full_kl(
         allowed = None if legal is None else unpack_kept(legal, backbone.vocab_size)
         return (divergence(*paired_distributions(backbone.logits(features), other.logits(other_features), sampling, legal=allowed)),)
 
-    return _in_chunks(statistics, backbone.vocab_size, features, other_features, legal)[0]
+    return in_chunks(statistics, backbone.vocab_size, features, other_features, legal)[0]
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def kept_along(backbone: Backbone, layout: Rows, rule: TokenRule) -> Tensor:
     backbone.without_dropout()
     backbone.check_length(layout.input_ids.shape[1], "Scoring")
     features = backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns]
-    return _in_chunks(lambda features: (pack_kept(rule(backbone.logits(features))),), backbone.vocab_size, features)[0]
+    return in_chunks(lambda features: (pack_kept(rule(backbone.logits(features))),), backbone.vocab_size, features)[0]
 
 
 def _sampling_logits(
@@ -225,7 +225,7 @@ def divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     return (logits.softmax(-1) * log_ratio.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
 
 
-def _in_chunks(function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Applies `function` to N positions: at once while their logits are few, else in chunks that the backward pass makes again."""
     first = inputs[0]
     assert first is not None, "the first input has one line per position"

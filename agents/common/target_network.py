@@ -1,0 +1,61 @@
+"""A target network: the weights a network had a while ago, lent to it for a pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class TargetNetwork:
+    """Lagged copies of the trainable parameters of some modules (Mnih et al. 2015; frozen ones, as under LoRA, need no copy).
+
+    Args:
+        modules: by name; their trainable parameters are copied as they are now.
+        tau: share of the new weights in an update, in (0, 1]: 1 copies (hard), less is Polyak averaging (Lillicrap et al. 2016).
+        interval: optimiser steps between updates.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], *, tau: float = 1.0, interval: int = 1) -> None:
+        self.tau, self.interval = tau, interval
+        # By name, for checkpoints; a parameter that two layers share is listed once.
+        self._online = {
+            f"{name}.{key}": parameter
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self._lagged = {name: parameter.detach().clone() for name, parameter in self._online.items()}
+
+    @torch.no_grad()
+    def after_step(self, steps: int) -> None:
+        """Follows the online weights, θ⁻ ← (1 − τ) θ⁻ + τ θ, if `steps` optimiser steps are a multiple of the interval."""
+        if steps % self.interval:
+            return
+        for name, lagged in self._lagged.items():
+            lagged.lerp_(self._online[name], self.tau)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, the modules compute with the lagged weights, without gradients; graphs made before stay valid."""
+        self._exchange()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self._online.items():
+            # Storages change hands; nothing is copied, and autograd's saved tensors see their own again afterwards.
+            parameter.data, self._lagged[name] = self._lagged[name], parameter.data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The lagged weights by name, for a checkpoint."""
+        return dict(self._lagged)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        for name, lagged in self._lagged.items():
+            lagged.copy_(tensors[name])
