@@ -16,6 +16,7 @@ _HOMES = {
     "REBEL": "textgym.agents.rebel",
     "REINFORCE": "textgym.agents.reinforce",
     "RLOO": "textgym.agents.rloo",
+    "SFT": "textgym.agents.sft",
     "Sampling": "textgym.agents.common.sampling",
     "ValueHead": "textgym.agents.common.value_heads",
     "ValueModel": "textgym.agents.common.value_heads",

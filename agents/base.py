@@ -178,6 +178,14 @@ class Agent(BaseAlgorithm):
         converted = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in callbacks]
         return super()._init_callback([*converted, *([ProgressCallback()] if progress_bar else [])])
 
+    @abstractmethod
+    def progress_text(self, shown: dict[str, Any]) -> str:
+        """What the progress bar says of the last iteration.
+
+        Args:
+            shown: what callbacks see as `locals`.
+        """
+
     # -- saving, loading --------------------------------------------------------------------------------------------
 
     @abstractmethod

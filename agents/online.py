@@ -282,6 +282,11 @@ class OnlineAgent(Agent):
 
         return self.step(chain(losses(), extra_losses), proceed)
 
+    def progress_text(self, shown: dict[str, Any]) -> str:
+        """What the progress bar says: reward and KL of the last rollout."""
+        rollout = shown["rollout"]
+        return f"reward {float(rollout.unshaped_returns.mean()):.3f}  KL {float(rollout.kl_per_sequence.nanmean()):.2f}"
+
     # -- environments, saving, loading ------------------------------------------------------------------------------
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:

@@ -147,19 +147,32 @@ def read_prompts(prompts: Any) -> tuple[list[PromptText], dict[str, list[Any]]]:
     Returns:
         The prompts (strings or message lists) and the other columns, one value per prompt each.
     """
-    if isinstance(prompts, str | os.PathLike):
-        rows = _read_json_lines(Path(prompts))
-    elif hasattr(prompts, "column_names") and hasattr(prompts, "__getitem__"):
-        rows = _read_dataset(prompts)
-    elif isinstance(prompts, Sequence):
-        rows = list(prompts)
-    else:
-        raise ValueError(f"`prompts` must be {_FORMS}, got {type(prompts).__name__}.")
-    if not rows:
-        raise ValueError(f"`prompts` must hold at least one prompt, got none; pass {_FORMS}.")
+    rows = read_rows(prompts, "prompts", forms=_FORMS, required="prompt")
     texts, others = zip(*(split_row(row, f"row {i} of `prompts`") for i, row in enumerate(rows)), strict=True)
     names = dict.fromkeys(name for columns in others for name in columns)
     return list(texts), {name: [columns.get(name) for columns in others] for name in names}
+
+
+def read_rows(source: Any, argument: str, *, forms: str, required: str | None = None) -> list[Any]:
+    """Reads the rows of a list, of a `.jsonl` or `.jsonl.gz` file, or of a `datasets.Dataset`; none at all is an error.
+
+    Args:
+        source: where the rows are.
+        argument: what error messages call `source`.
+        forms: what error messages say that `source` can be.
+        required: a column that a data set must have.
+    """
+    if isinstance(source, str | os.PathLike):
+        rows = _read_json_lines(Path(source), argument)
+    elif hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+        rows = _read_dataset(source, argument, required)
+    elif isinstance(source, Sequence):
+        rows = list(source)
+    else:
+        raise ValueError(f"`{argument}` must be {forms}, got {type(source).__name__}.")
+    if not rows:
+        raise ValueError(f"`{argument}` must hold at least one {argument.removesuffix('s')}, got none; pass {forms}.")
+    return rows
 
 
 def split_row(row: Any, where: str) -> tuple[PromptText, dict[str, Any]]:
@@ -216,7 +229,7 @@ def encode_prompts(
         encoded[i] = ids
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            encoded[i] = _encode_messages(tokenizer, prompt, where.format(i))
+            encoded[i] = encode_plain(tokenizer, [conversation_text(tokenizer, prompt, where.format(i))])[0]
     for i, ids in enumerate(encoded):
         _check_ids(ids, len(tokenizer), prompts[i], where.format(i))
     return [np.array(ids, dtype=np.int64) for ids in encoded]
@@ -263,24 +276,42 @@ def _call(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special
     return [list(ids) for ids in batch["input_ids"]]
 
 
-def _encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str) -> list[int]:
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Returns the tokens of each text and nothing else: no BOS, no EOS, no truncation."""
+    return _call(tokenizer, list(texts), add_special_tokens=False) if texts else []
+
+
+def conversation_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str, *, as_prompt: bool = True) -> str:
+    """Returns a conversation in the words of the chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: the conversation.
+        where: what error messages call it.
+        as_prompt: it is to be gone on with: a last assistant message stays open, after any other the generation prompt follows.
+            Otherwise it is whole as it stands.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where} is a list of messages, but the tokenizer has no chat template; "
             "set `tokenizer.chat_template` or give the prompt as a string."
         )
+    if not as_prompt:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     continued = messages[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued)
-    return _call(tokenizer, [str(text)], add_special_tokens=False)[0]
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued)
+    )
 
 
-def _read_json_lines(path: Path) -> list[Any]:
+def _read_json_lines(path: Path, argument: str) -> list[Any]:
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(
-            f"`prompts` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; pass one prompt as a list, `[...]`."
+            f"`{argument}` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; "
+            f"pass one {argument.removesuffix('s')} as a list, `[...]`."
         )
     if not path.is_file():
-        raise ValueError(f"`prompts` given as a path must be a file, and there is none at {str(path)!r}.")
+        raise ValueError(f"`{argument}` given as a path must be a file, and there is none at {str(path)!r}.")
     rows = []
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -289,18 +320,22 @@ def _read_json_lines(path: Path) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"`prompts`: line {number} of {str(path)!r} is not JSON ({error.msg}): {line.strip()[:80]!r}.") from error
+                raise ValueError(
+                    f"`{argument}`: line {number} of {str(path)!r} is not JSON ({error.msg}): {line.strip()[:80]!r}."
+                ) from error
     return rows
 
 
-def _read_dataset(dataset: Any) -> list[Any]:
+def _read_dataset(dataset: Any, argument: str, required: str | None) -> list[Any]:
     names = dataset.column_names
     if not isinstance(names, list) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"`prompts` must be one split of a map-style `datasets.Dataset`, got {type(dataset).__name__}; "
+            f"`{argument}` must be one split of a map-style `datasets.Dataset`, got {type(dataset).__name__}; "
             'choose a split (`dataset["train"]`) or make a list of an iterable data set.'
         )
-    if "prompt" not in names:
-        raise ValueError(f'`prompts` must have a "prompt" column, got the columns {names}; use `dataset.rename_column(..., "prompt")`.')
+    if required is not None and required not in names:
+        raise ValueError(
+            f'`{argument}` must have a "{required}" column, got the columns {names}; use `dataset.rename_column(..., "{required}")`.'
+        )
     columns = dataset[:]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -41,8 +41,9 @@ class EvaluationResult:
 
     @property
     def kl_mean(self) -> float:
-        """The mean KL in nats per sequence."""
-        return float(np.nanmean(self.kl_per_sequence))
+        """The mean KL in nats per sequence; NaN where there is no reference."""
+        measured = self.kl_per_sequence[~np.isnan(self.kl_per_sequence)]
+        return float(measured.mean()) if len(measured) else float("nan")
 
 
 def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episodes: int | None = None, seed: int = 0) -> EvaluationResult:
@@ -51,12 +52,12 @@ def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episode
     Args:
         policy: who is evaluated.
         env: as for an agent; its reward counts unshaped.
-        reference: the policy that KL is measured to.
+        reference: the policy that KL is measured to; None measures none.
         episodes: how many (default: one per prompt, or one per row where the environment does not say how many prompts it has).
         seed: of sampling; the same seed gives the same noise, so two policies can be compared pairwise.
     """
     vector_env = as_vector_env(env)
-    if not find_kl_shaping(vector_env):
+    if reference is not None and not find_kl_shaping(vector_env):
         vector_env, _ = ensure_kl_shaping(vector_env, policy, reference, 0.0)
     rows, num_prompts = vector_env.num_envs, attribute(vector_env, "num_prompts")
     count = episodes or (int(num_prompts) if num_prompts is not None else rows)
@@ -85,7 +86,8 @@ class Evaluation:
         interval: iterations between two evaluations.
         episodes: per evaluation (default: one per prompt).
         best_model_path: folder for the best model so far, readable by transformers; None keeps none.
-        max_kl: a model counts as best only if its KL to the reference is at most this, in nats per sequence; None is no bound.
+        max_kl: a model counts as best only if its KL to the reference is at most this, in nats per sequence; None is no bound. An
+            agent without a reference has no KL, and with a bound no best model.
         seed: of sampling, the same at each evaluation.
     """
 
@@ -125,7 +127,8 @@ class Evaluation:
                 agent.policy.save_pretrained(self.best_model_path)
         agent.logger.record("eval/reward_mean", result.reward_mean)
         agent.logger.record("eval/reward_std", float(result.rewards.std()))
-        agent.logger.record("eval/kl_per_sequence", result.kl_mean)
+        if agent.reference is not None:
+            agent.logger.record("eval/kl_per_sequence", result.kl_mean)
         agent.logger.record("eval/length_mean", float(result.lengths.mean()))
         if self.best_reward is not None:
             agent.logger.record("eval/best_reward_mean", self.best_reward)

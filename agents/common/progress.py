@@ -1,6 +1,7 @@
-"""The progress bar of `learn(progress_bar=True)`: reward, KL, tokens per second and time left."""
+"""The progress bar of `learn(progress_bar=True)`: what the agent says of itself, tokens per second and time left."""
 
 import time
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
@@ -36,12 +37,10 @@ class ProgressCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         assert self._progress is not None
-        rollout = self.locals["rollout"]
+        model: Any = self.model  # ours: an `Agent`
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.model.num_timesteps - self._first) / elapsed
-        self._status = (
-            f"reward {float(rollout.unshaped_returns.mean()):.3f}  KL {float(rollout.kl_per_sequence.nanmean()):.2f}  {rate:,.0f} tokens/s"
-        )
+        self._status = f"{model.progress_text(self.locals)}  {rate:,.0f} tokens/s"
         self._progress.update(self._task, completed=self.model.num_timesteps, status=self._status)
         if not self._progress.console.is_terminal and time.monotonic() - self._last_line > PLAIN_INTERVAL_S:
             self._print_line(rate)

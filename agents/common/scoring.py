@@ -52,12 +52,16 @@ class Scores:
 class Rows:
     """Prompts and completions put end to end, from column 0: plain causal attention is right for them, padding comes after.
 
+    `packing.pack` makes rows that hold several prompts with their completions; those bring positions and a mask of their own.
+
     Attributes:
         input_ids: (B, S) int64; 0 past the end.
         rows: row of each completion token, (N,) int64, N the number of completion tokens; row-major order.
         columns: column of `input_ids` whose features predict that token, (N,) int64.
         targets: the token, (N,) int64.
         mask: the completion tokens' places, (B, T) bool.
+        position_ids: (B, S) int64 where they are not the columns, else None.
+        visible: (B, 1, S, S) bool, which keys each query sees, where that is not the whole past, else None.
     """
 
     input_ids: Tensor
@@ -65,6 +69,8 @@ class Rows:
     columns: Tensor
     targets: Tensor
     mask: Tensor
+    position_ids: Tensor | None = None
+    visible: Tensor | None = None
 
 
 def lay_out(prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Rows:
@@ -115,8 +121,10 @@ def score_completions(
         return_kept: also give the packed kept sets.
     """
     backbone.without_dropout()
-    backbone.check_length(layout.input_ids.shape[1], "Scoring")
-    features, states = backbone.features_and_hidden(layout.input_ids, None, None)
+    positions = layout.position_ids
+    backbone.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
+    attention = None if layout.visible is None else backbone.attention(layout.visible)
+    features, states = backbone.features_and_hidden(layout.input_ids, positions, attention)
     features, states = features[layout.rows, layout.columns], states[layout.rows, layout.columns]
     kept_rows = None if kept is None else kept[layout.mask]
 
