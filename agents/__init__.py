@@ -9,8 +9,10 @@ from typing import Any
 _HOMES = {
     "AdaptiveKLController": "textgym.kl",
     "CausalLMPolicy": "textgym.agents.policy",
+    "DPO": "textgym.agents.dpo",
     "DQN": "textgym.agents.dqn",
     "Evaluation": "textgym.agents.common.evaluation",
+    "KTO": "textgym.agents.kto",
     "NLPO": "textgym.agents.nlpo",
     "PPO": "textgym.agents.ppo",
     "REBEL": "textgym.agents.rebel",
