@@ -163,7 +163,7 @@ def judge(policy: CausalLMPolicy, count: int, seed: int) -> Judged:
     generation = policy.generate(chosen, NEW_TOKENS, num_generations=2, seed=seed)
     repeated = [prompt for prompt in chosen for _ in range(2)]
     _, reward = resolve_reward("film-review")
-    scores = reward(prompts=repeated, completions=generation.texts, completion_ids=generation.completion_ids)
+    scores = reward(prompts=repeated, completions=generation.texts)
     return Judged(repeated, generation.texts, np.asarray(scores, dtype=float), seed)
 
 
