@@ -8,6 +8,7 @@ import torch
 
 from textgym.agents import PPO, REINFORCE
 from textgym.agents.common.batches import RolloutBatch
+from textgym.agents.common.rollout_scores import score_in_parts, values_in_parts
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -37,6 +38,23 @@ def test_one_update_needs_no_importance_weights(task) -> None:
             again = REINFORCE(task.policy(), task.envs(), n_epochs=2, importance=importance, reward_to_go=reward_to_go, **plain).learn(1)
             whole = once if reward_to_go else REINFORCE(task.policy(), task.envs(), reward_to_go=False, **plain).learn(1)
             torch.testing.assert_close(gradient(again), gradient(whole), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["head", "separate"])
+def test_values_alone_are_those_of_a_whole_scoring(task, monkeypatch, critic: str) -> None:
+    """In parts of any size; and a critic with a trunk of its own costs no pass of the policy."""
+    agent = REINFORCE(task.policy(), task.envs(), baseline="value", critic=critic, seed=0)
+    for parameter in agent.critic.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rollouts: list[RolloutBatch] = []
+    monkeypatch.setattr(agent, "train", rollouts.append)
+    agent.learn(1)
+    whole = score_in_parts(agent.policy, rollouts[0], agent.critic).values
+    if critic == "separate":
+        monkeypatch.setattr(agent.policy, "score", None)
+    for part_size in (None, 7):
+        values = values_in_parts(agent.policy, rollouts[0], agent.critic, part_size)
+        torch.testing.assert_close(values, whole, atol=1e-5, rtol=1e-5)
 
 
 def all_completions(task: Any, agent: Any, behaviour: Any, prompt: int) -> tuple[RolloutBatch, torch.Tensor]:
