@@ -57,9 +57,10 @@ class Outcome:
 
     def infos(self) -> list[Info]:
         """Returns the final info of each of the K episodes."""
-        columns = self.texts()
-        rows = zip(*columns.values(), strict=True)
-        return [{**dict(zip(columns, row, strict=True)), "rewards": self.rewards(place)} for place, row in enumerate(rows)]
+        parts = [(name, values.tolist()) for name, values in self.parts.items()]
+        rewards = [{name: values[i] for name, values in parts if not math.isnan(values[i])} for i in range(len(self.finish_reasons))]
+        columns = self.texts() | {"rewards": rewards}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def rewards(self, place: int) -> dict[str, float]:
         """Returns the unweighted rewards of one of the K episodes, without the parts that did not apply to it."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -169,6 +169,10 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             return [one] * len(rows)
         if len(index) != self.num_envs:
             raise ValueError(f"`{argument}` must be one number or one per row: {self.num_envs} rows, got {len(index)} numbers.")
+        if isinstance(index, np.ndarray) and index.dtype.kind in "iu":
+            chosen = index[rows]
+            if ((chosen >= 0) & (chosen < len(self._task.prompt_set))).all():
+                return cast("list[int | None]", chosen.tolist())
         return [None if index[row] is None else self._task.check_prompt_index(index[row], f"{argument}[{row}]") for row in rows]
 
     def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:

@@ -156,12 +156,11 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
             return sequences.walk_through(self, *plan)
         result = sequences.step_sequence(self.env, *plan)
         shaped, log_ratio = self.state.account_completions(result.rewards, scores, result.lengths_used)
-        episode = self.state.episode()
-        for i, info in enumerate(result.infos):
-            last = result.lengths_used[i] - 1
-            info["unshaped_reward"], info["log_ratio"] = float(result.rewards[i, last]), float(log_ratio[i, last])
-            if result.terminated[i] or result.truncated[i]:
-                info.update({key: float(values[i]) for key, values in episode.items()})
+        last = (np.arange(self.num_envs), result.lengths_used - 1)
+        step = {"unshaped_reward": result.rewards[last].tolist(), "log_ratio": log_ratio[last].tolist()}
+        whole = step | {key: values.tolist() for key, values in self.state.episode().items()}
+        for i, (info, ended) in enumerate(zip(result.infos, result.terminated | result.truncated, strict=True)):
+            info.update({key: values[i] for key, values in (whole if ended else step).items()})
         self._ended[:] = True
         return result._replace(rewards=shaped.astype(np.float32))
 
