@@ -53,7 +53,7 @@ def chosen_parameters(module: ModuleType, function: Callable[..., Any], ids: str
         marker = getattr(getattr(module, name, None), "_fixture_function_marker", None)
         if marker is not None:
             choices[name] = dict(zip(marker.ids or map(str, marker.params), marker.params, strict=True))
-    for mark in getattr(function, "pytestmark", []):
+    for mark in (mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"):
         choices[mark.args[0]] = {str(value): value for value in mark.args[1]}
     wanted, arguments = ids or "", {}
     for name, values in choices.items():

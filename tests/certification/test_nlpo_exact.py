@@ -291,13 +291,24 @@ def test_the_mask_is_taken_at_the_policys_temperature(device):
     hot, cold = (tabular_policy(dataclasses.replace(setup, temperature=t), setup.model) for t in (1.0, 0.5))
     kept = top_p_sets(cold, 2)
     assert (kept != top_p_sets(hot, 2)).any()
-    rollout = agent.collector.walk(np.arange(32) % 2, agent.sampling_generator)
-    exact = restrict(cold, kept)
-    prompts = np.arange(32) % 2
-    states = [setup.tree.states.index(())] * 32
-    np.testing.assert_allclose(
-        rollout.log_probs[:, 0].cpu().numpy(), exact[prompts, states, rollout.completion_ids[:, 0].cpu().numpy()], atol=1e-4
-    )
+    for i, prompt in enumerate(setup.tree.prompts):
+        for s, state in enumerate(setup.tree.states):
+            ids = np.array([[*prompt, *state]])
+            found = agent.mask.at({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+            assert (found.cpu().numpy() == kept[i, s]).all()
+
+
+def test_the_mask_waits_for_its_interval(device):
+    setup = make_setup(small_tree(), seed=0, num_envs=8, device=device)
+    policy = CausalLMPolicy(setup.model, setup.tokenizer, device=device)
+    agent = NLPO(policy, setup.envs, 1e-2, top_p=TOP_P, min_tokens_to_keep=1, mask_refresh_interval=2, seed=0)
+    start = {name: tensor.clone() for name, tensor in agent.mask.tensors().items()}
+    agent.learn(1)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in agent.mask.tensors().items())
+    agent.learn(1)
+    parameters = dict(policy.model.named_parameters())
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in agent.mask.tensors().items())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in agent.mask.tensors().items())
 
 
 def test_a_floor_keeps_the_most_probable_tokens(device):
