@@ -1,6 +1,8 @@
 """Deliberate mistakes in NLPO, and in the pretraining texts of PPO; rows of `Mutation`, see `mutations.py`."""
 
 PROTOCOL, MASK = "textgym.agents.common.numpy_protocol:NumpyProtocol", "textgym.agents.common.lagged_mask:LaggedMask"
+MIX = "textgym.agents.common.pretraining:PretrainingMix"
+TEXTS = "agents/test_ppo_ptx.py::test_expected_gradient_is_that_of_ppo_plus_that_of_the_texts"
 EXACT = "certification/test_nlpo_exact.py::test_"
 GRADIENT, STEPPED = f"{EXACT}expected_gradient_is_that_of_the_masked_objective[head]", f"{EXACT}expected_gradient_through_a_users_wrapper"
 FOLLOWS, RATIO = f"{EXACT}the_sampling_mask_follows_the_policy", f"{EXACT}both_sides_of_the_ratio_are_renormalised"
@@ -34,5 +36,11 @@ MUTATIONS = [
      "scale_logits(logits, self.sampling.temperature)", "logits.float()", f"{EXACT}the_mask_is_taken_at_the_policys_temperature"),
     ("NLPO: refreshed before its time", "textgym.agents.nlpo:NLPO.train", "self.mask_age == self.mask_refresh_interval", "True",
      f"{EXACT}the_mask_waits_for_its_interval"),
+    ("PPO-ptx: sign", f"{MIX}.losses", "reduce_tokens(-log_probs", "reduce_tokens(log_probs", TEXTS),
+    ("PPO-ptx: micro-batch divided by its own tokens", f"{MIX}.losses", "count=tokens", "count=None", TEXTS),
+    ("PPO-ptx: mean over texts for the mean over tokens", f"{MIX}.losses",
+     'reduction="token_mean", count=tokens', 'reduction="sequence_sum", count=len(rows)', TEXTS),
+    ("PPO-ptx: coefficient forgotten", f"{MIX}.losses", "yield self.coefficient * loss", "yield loss", TEXTS),
+    ("PPO-ptx: no texts in the update", "textgym.agents.online:OnlineAgent.update", "chain(losses(), extra_losses)", "losses()", TEXTS),
 ]
 # fmt: on
