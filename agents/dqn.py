@@ -175,8 +175,8 @@ class DQN(OnlineAgent):
         check_choice("consistency", self.consistency, get_args(Consistency))
         if self.n_steps is not None:
             check_count("n_steps", self.n_steps, "tokens")
-        if self.boltzmann_temperature is not None:
-            as_schedule("boltzmann_temperature", self.boltzmann_temperature)
+        if self.boltzmann_temperature is not None and not callable(self.boltzmann_temperature):
+            check_number("boltzmann_temperature", self.boltzmann_temperature, 0, above=True)
         foreign = self.hard_options if self.soft else self.soft_options
         for name, default in foreign.items():
             if getattr(self, name) != default:

@@ -38,7 +38,8 @@ class StateScores(NamedTuple):
     """What a policy and a critic say of the states, each (B, T), or (B, T + 1) with the states behind the last token; zero elsewhere.
 
     Attributes:
-        log_probs: log π of the token taken, or of the one asked about, renormalised over the set.
+        log_probs: log π of the token taken, or of the one asked about, renormalised over the set; means nothing in a state behind the
+            last token, unless asked about.
         best: the most probable token of the set, int64; None unless asked for.
         best_log_probs: its log-prob, without gradient; None unless asked for.
         values: V(s_t).
