@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from textgym.agents import PPO, REINFORCE, CausalLMPolicy
+from textgym.agents import NLPO, PPO, REINFORCE, CausalLMPolicy
 from textgym.exact import TokenTree, hard_tree
 from textgym.exact.certification import (
     FixedPoint,
@@ -36,8 +36,10 @@ from textgym.exact.certification import (
     make_setup,
     sampled_gradients,
 )
+from textgym.types import BoolArray
 
 BOUND = 0.02  # of the worst total variation
+MASK_TOP_P = 0.8  # of NLPO
 DEVIATIONS = 4.0  # of a sampled gradient, in standard errors
 PRECISION = 1e-4  # of an expected gradient, relative: float32
 
@@ -59,6 +61,7 @@ class Candidate:
         exponent: the learning rate falls to 0 with this power of the progress remaining.
         num_envs: completions per rollout.
         tokens: to train for.
+        kept: the part of the vocabulary that policy and reference are renormalised over, see `certify_fixed_point`; None for all of it.
     """
 
     agent_class: Callable[..., Any]
@@ -68,10 +71,23 @@ class Candidate:
     exponent: float = 1.0
     num_envs: int = 768
     tokens: int = 2_500_000
+    kept: Callable[[Any, Setup], BoolArray] | None = None
 
     def schedule(self, left: float) -> float:
         """Returns the learning rate when the share `left` of the tokens is still to come."""
         return self.learning_rate * left**self.exponent
+
+
+def top_p_sets(agent: Any, setup: Setup) -> BoolArray:
+    """What NLPO's first mask is, (N, S, V), without its code: the reference's tokens up to a mass of `MASK_TOP_P`, and EOS."""
+    del agent
+    table = setup.reference_policy()
+    order = np.argsort(-table, axis=-1)
+    ordered = np.take_along_axis(np.exp(table), order, axis=-1)
+    kept = np.zeros(table.shape, dtype=np.bool_)
+    np.put_along_axis(kept, order, np.cumsum(ordered, axis=-1) - ordered < MASK_TOP_P, axis=-1)
+    kept[..., setup.tree.eos_token_id] = True
+    return kept
 
 
 CANDIDATES = {
@@ -91,6 +107,15 @@ CANDIDATES = {
     ),
     "reinforce-value": Candidate(
         REINFORCE, {"baseline": "value", "critic": "separate"}, {"optimizer": quick_adam}, learning_rate=1.5e-3, tokens=2_000_000
+    ),
+    # To the optimum inside the mask, which lies up to 0.8 from that over the whole vocabulary. It stays what it is: the top-p sets of the
+    # reference, which the policy starts from.
+    "nlpo": Candidate(
+        NLPO,
+        {"critic": "separate", "top_p": MASK_TOP_P, "min_tokens_to_keep": 1, "mask_refresh_interval": None},
+        {"optimizer": quick_adam, "n_epochs": 2, "batch_size": 192, "gae_lambda": 0.95},
+        tokens=400_000,
+        kept=top_p_sets,
     ),
 }
 
@@ -125,7 +150,9 @@ def train(run: tuple[str, int], tokens: int | None, device: str) -> FixedPoint:
         options = candidate.options | candidate.training
         return make_agent(setup, candidate.agent_class, learning_rate=candidate.schedule, **options)
 
-    return certify_fixed_point(make, seed=seed, num_envs=candidate.num_envs, total_timesteps=tokens or candidate.tokens, device=device)
+    return certify_fixed_point(
+        make, seed=seed, num_envs=candidate.num_envs, total_timesteps=tokens or candidate.tokens, kept=candidate.kept, device=device
+    )
 
 
 def with_random_critic(setup: Setup, agent_class: Callable[..., Any], **options: Any) -> Any:

@@ -120,12 +120,7 @@ def score_completions(
         value_head: (N, H) to (N,); also give its values.
         return_kept: also give the packed kept sets.
     """
-    backbone.without_dropout()
-    positions = layout.position_ids
-    backbone.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
-    attention = None if layout.visible is None else backbone.attention(layout.visible)
-    features, states = backbone.features_and_hidden(layout.input_ids, positions, attention)
-    features, states = features[layout.rows, layout.columns], states[layout.rows, layout.columns]
+    features, states = _features_and_hidden(backbone, layout)
     kept_rows = None if kept is None else kept[layout.mask]
 
     def statistics(features: Tensor, targets: Tensor, kept: Tensor | None, legal: Tensor | None) -> tuple[Tensor, ...]:
@@ -189,10 +184,18 @@ def full_kl(
 @torch.no_grad()
 def kept_along(backbone: Backbone, layout: Rows, rule: TokenRule) -> Tensor:
     """Returns the packed sets that `rule` leaves in at the state of each completion token, (N, ceil(V/8)) uint8; one pass of the model."""
-    backbone.without_dropout()
-    backbone.check_length(layout.input_ids.shape[1], "Scoring")
-    features = backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns]
+    features, _ = _features_and_hidden(backbone, layout)
     return in_chunks(lambda features: (pack_kept(rule(backbone.logits(features))),), backbone.vocab_size, features)[0]
+
+
+def _features_and_hidden(backbone: Backbone, layout: Rows) -> tuple[Tensor, Tensor]:
+    """Runs the model once; returns the features and the hidden states that predict each completion token, (N, ...) and (N, H)."""
+    backbone.without_dropout()
+    positions = layout.position_ids
+    backbone.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
+    attention = None if layout.visible is None else backbone.attention(layout.visible)
+    features, states = backbone.features_and_hidden(layout.input_ids, positions, attention)
+    return features[layout.rows, layout.columns], states[layout.rows, layout.columns]
 
 
 def _sampling_logits(
