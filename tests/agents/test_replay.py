@@ -89,12 +89,14 @@ def test_draws_are_uniform_and_follow_the_seed() -> None:
     assert again[0] == again[1]
 
 
-def test_rows_may_get_wider() -> None:
+def test_rows_may_get_wider_and_narrower() -> None:
     replay = SequenceReplay(20, vocab_size=50_000)
     narrow, wide = rollout(0, 2, prompt_width=2, width=2), rollout(4, 3, prompt_width=5, width=6)
     replay.add(narrow, narrow.rewards)
     replay.add(wide, wide.rewards)
-    found = replay.sample(5, np.random.default_rng(0))
+    narrow = rollout(2, 2, prompt_width=2, width=2)
+    replay.add(narrow, narrow.rewards)
+    found = replay.sample(7, np.random.default_rng(0))
     check_rows(found.select(torch.tensor([i for i, row in enumerate(row_numbers(found)) if row < 4])), 2, 2)
     check_rows(found.select(torch.tensor([i for i, row in enumerate(row_numbers(found)) if row >= 4])), 5, 6)
 

@@ -277,4 +277,10 @@ AGENT_MUTATIONS = [
 ]
 # fmt: on
 
-MUTATIONS = [*LOSS_MUTATIONS, *MASK_MUTATIONS, *ADVANTAGE_MUTATIONS, *AGENT_MUTATIONS, *family("groups"), *family("nlpo")]
+MUTATIONS = [
+    *LOSS_MUTATIONS,
+    *MASK_MUTATIONS,
+    *ADVANTAGE_MUTATIONS,
+    *AGENT_MUTATIONS,
+    *(mutation for name in ("groups", "nlpo", "dqn") for mutation in family(name)),
+]
