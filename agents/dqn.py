@@ -9,7 +9,6 @@ towards the one best completion. Against PPO and REINFORCE both are regressions,
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_args
 
-import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
@@ -23,6 +22,7 @@ from textgym.agents.common.losses import value_loss
 from textgym.agents.common.masking import masked_mean
 from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.q_values import score_states, states_of
+from textgym.agents.common.reference_mask import ReferenceMask
 from textgym.agents.common.replay import SequenceReplay
 from textgym.agents.common.rollouts import RolloutCollector
 from textgym.agents.common.sampling import Sampling
@@ -43,10 +43,11 @@ class DQN(OnlineAgent):
                            Q(s,a) = V(s) + c log π(a|s)
 
     V⁻ and Q⁻ are those of the target network. V is 0 behind EOS and behind the horizon; a row that an outer time limit cut goes on.
-    The tokens that may be taken, over which π and π_ref are renormalised and the maximum ranges, are the reference's top-k/top-p set.
+    With `top_k` or `top_p` the tokens that may be taken are the reference's set: it becomes the policy's `mask`, so that samples, π, π_ref
+    and the maximum all range over it.
 
-    After hard training `policy` holds Q in its log-probs: its most probable token is the greedy action, and sampling from it is
-    Boltzmann's policy softmax(Q/c). `predict` stays inside the set too.
+    After hard training the policy holds Q in its log-probs: its most probable token is the greedy action, what
+    `generate(..., temperature=0)` and `predict(..., deterministic=True)` take, and sampling from it is Boltzmann's policy softmax(Q/c).
 
     Args:
         policy: the policy to train, in place.
@@ -149,7 +150,9 @@ class DQN(OnlineAgent):
                 "`policy` must not truncate its samples for DQN, got top_k, top_p or min_p on it. Give DQN `top_k` and `top_p`."
             )
         assert self.critic is not None
-        self.action_set = Sampling(policy.sampling.temperature, top_k, top_p)
+        action_set = Sampling(policy.sampling.temperature, top_k, top_p)
+        if action_set.truncates:
+            policy.mask = ReferenceMask(self.reference, action_set)
         self.exploration_schedule = LinearSchedule(exploration_initial_eps, exploration_final_eps, exploration_fraction)
         self.replay = SequenceReplay(buffer_size, policy.vocab_size)
         self.target: TargetNetwork | None = None
@@ -198,34 +201,16 @@ class DQN(OnlineAgent):
 
     def behaviour(self) -> dict[str, Any]:
         """How the next walk explores: arguments of `generate_ids`."""
-        arguments = self._inside_the_set()
         if self.boltzmann_temperature is not None:
             temperature = as_schedule("boltzmann_temperature", self.boltzmann_temperature)(self._current_progress_remaining)
             of_logits = self.policy.sampling.temperature * temperature / self.advantage_scale
-            arguments["sampling"] = replace(self.policy.sampling, temperature=of_logits)
-        elif not self.soft:
-            arguments["epsilon"] = self.exploration_rate
-        return arguments
+            return {"sampling": replace(self.policy.sampling, temperature=of_logits)}
+        return {} if self.soft else {"epsilon": self.exploration_rate}
 
     @property
     def exploration_rate(self) -> float:
         """ε now."""
         return float(self.exploration_schedule(self._current_progress_remaining))
-
-    def _inside_the_set(self) -> dict[str, Any]:
-        return {"action_mask": self.reference.kept_mask(self.action_set)} if self.action_set.truncates else {}
-
-    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple[Any, Any]:
-        """Chooses the next token inside the set: the one of the largest Q, or with `deterministic=False` a draw from the policy.
-
-        With `top_k` or `top_p` each call runs the whole prefix. `policy.generate(prompts, temperature=0, action_mask=...)` with the mask of
-        `reference.kept_mask(agent.action_set)` gives whole completions at one token a step.
-        """
-        if not self.action_set.truncates:
-            return self.policy.predict(observation, state, episode_start, deterministic)
-        batch = {key: np.atleast_2d(np.asarray(observation[key])) for key in ("input_ids", "attention_mask")}
-        tokens = self.policy.generate(batch, 1, temperature=0 if deterministic else None, **self._inside_the_set()).ids[:, 0].cpu().numpy()
-        return (tokens[0] if np.ndim(observation["input_ids"]) == 1 else tokens), state
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -258,7 +243,7 @@ class DQN(OnlineAgent):
     def soft_loss(self, batch: RolloutBatch, sequences: int) -> Tensor:
         """The share of a micro-batch in the soft loss of its batch of `sequences` completions."""
         assert self.critic is not None and batch.reference_log_probs is not None
-        states = states_of(batch, self.reference, self.action_set, end_states=bool(batch.truncated.any()))
+        states = states_of(batch, self.policy.mask, end_states=bool(batch.truncated.any()))
         scores = score_states(self.policy, self.critic, states)
         width, lengths, beta = batch.completion_ids.shape[1], batch.lengths, self.current_beta
         log_probs, values = scores.log_probs[:, :width], scores.values[:, :width]
@@ -286,7 +271,7 @@ class DQN(OnlineAgent):
     def hard_loss(self, batch: RolloutBatch, sequences: int) -> Tensor:
         """The share of a micro-batch in the hard loss of its batch of `sequences` completions."""
         assert self.critic is not None and self.target is not None
-        states = states_of(batch, self.reference, self.action_set, end_states=bool(batch.truncated.any()))
+        states = states_of(batch, self.policy.mask, end_states=bool(batch.truncated.any()))
         scores = score_states(self.policy, self.critic, states, best=True)
         with self.target.lent():
             lagged = score_states(self.policy, self.critic, states, tokens=scores.best if self.double_q else None, best=not self.double_q)

@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 
 from textgym.agents.common.batches import RolloutBatch
 from textgym.agents.common.critic import Critic
-from textgym.agents.common.sampling import Sampling, kept_tokens, pack_kept, scale_logits, token_log_probs, unpack_kept
+from textgym.agents.common.sampling import scale_logits, token_log_probs, unpack_kept
 from textgym.agents.common.scoring import Rows, in_chunks, lay_out, spread
+from textgym.agents.common.token_mask import TokenMask
 from textgym.agents.common.value_heads import ValueModel
 from textgym.agents.policy import CausalLMPolicy
 
@@ -51,31 +52,17 @@ class StateScores(NamedTuple):
     values: Tensor
 
 
-@torch.no_grad()
-def states_of(batch: RolloutBatch, reference: CausalLMPolicy, action_set: Sampling, *, end_states: bool) -> States:
-    """Lays out the states of a batch, with the set of tokens that `reference` keeps in each.
+def states_of(batch: RolloutBatch, mask: TokenMask | None, *, end_states: bool) -> States:
+    """Lays out the states of a batch, with the set of tokens that may be taken in each.
 
     Args:
         batch: episodes.
-        reference: whose top-k, top-p or min-p set it is; run only if `action_set` leaves something out.
-        action_set: which set, and at what temperature.
+        mask: says which; None allows all.
         end_states: also the states behind the last token (for rows that an outer time limit cut).
     """
     extra = int(end_states)
     layout = lay_out(batch.prompt_ids, batch.prompt_lengths, pad(batch.completion_ids, (0, extra)), batch.lengths + extra)
-    taken = pad(batch.completion_mask, (0, extra))[layout.mask]
-    if not action_set.truncates:
-        return States(layout, taken)
-    backbone = reference.backbone
-
-    def sets(features: Tensor) -> tuple[Tensor, ...]:
-        kept = kept_tokens(scale_logits(backbone.logits(features), action_set.temperature), action_set)
-        assert kept is not None, "`action_set` leaves something out"
-        return (pack_kept(kept),)
-
-    backbone.without_dropout()
-    features = backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns]
-    return States(layout, taken, in_chunks(sets, backbone.vocab_size, features)[0])
+    return States(layout, pad(batch.completion_mask, (0, extra))[layout.mask], None if mask is None else mask.along(layout))
 
 
 def score_states(

@@ -140,7 +140,7 @@ class HandMade:
         ids = torch.cat([batch.prompt_ids[row, -int(batch.prompt_lengths[row]) :], batch.completion_ids[row, :t]])[None]
         policy = self.lagged if lagged else agent.policy
         outputs = policy.model(input_ids=ids, output_hidden_states=True)
-        kept = kept_tokens(agent.reference.model(input_ids=ids).logits[0, -1], agent.action_set)
+        kept = kept_tokens(agent.reference.model(input_ids=ids).logits[0, -1], Sampling(top_k=agent.top_k, top_p=agent.top_p))
         logits = outputs.logits[0, -1]
         log_probs = (logits if kept is None else logits.masked_fill(~kept, -torch.inf)).log_softmax(-1)
         hidden = outputs.hidden_states[-1][0, -1]
@@ -193,7 +193,7 @@ def check_by_hand(hand: HandMade) -> None:
 def test_states_have_the_references_sets_and_the_taken_token_is_in(task) -> None:
     agent = DQN(task.policy(), task.envs(24, max_episode_steps=2), top_k=1, beta=0.5, **SMALL)
     rollout = agent.collector.walk(np.arange(24) % 3, agent.sampling_generator)
-    states = states_of(rollout, agent.reference, agent.action_set, end_states=True)
+    states = states_of(rollout, agent.policy.mask, end_states=True)
     assert states.taken.sum() == rollout.num_tokens and len(states.taken) == rollout.num_tokens + len(rollout)
     scores = score_states(agent.policy, agent.critic, states, best=True)
     # One token a state: what was taken is what is best, for certain.
@@ -201,7 +201,7 @@ def test_states_have_the_references_sets_and_the_taken_token_is_in(task) -> None
     assert torch.equal(scores.best[:, :width][rollout.completion_mask], rollout.completion_ids[rollout.completion_mask])
     assert not scores.log_probs[:, :width][rollout.completion_mask].any()
     # A taken token outside the set (a rounding at its edge) counts as in.
-    other = states_of(rollout, agent.reference, agent.action_set, end_states=False)
+    other = states_of(rollout, agent.policy.mask, end_states=False)
     other.layout.targets.copy_((other.layout.targets + 1) % 5)
     assert score_states(agent.policy, agent.critic, other).log_probs.isfinite().all()
 
@@ -381,7 +381,7 @@ def root_values(agent: DQN, tree: TokenTree) -> np.ndarray:
     envs = agent.vector_env
     rollout = agent.collector.walk(np.arange(envs.num_envs) % tree.num_prompts, agent.sampling_generator)
     with torch.no_grad():
-        states = states_of(rollout, agent.reference, agent.action_set, end_states=False)
+        states = states_of(rollout, agent.policy.mask, end_states=False)
         return score_states(agent.policy, agent.critic, states).values[: tree.num_prompts, 0].cpu().numpy()
 
 
@@ -418,6 +418,6 @@ def best_root_values(agent: DQN, tree: TokenTree) -> np.ndarray:
     """max_a Q(s_0, a) of each prompt."""
     rollout = agent.collector.walk(np.arange(agent.vector_env.num_envs) % tree.num_prompts, agent.sampling_generator)
     with torch.no_grad():
-        states = states_of(rollout, agent.reference, agent.action_set, end_states=False)
+        states = states_of(rollout, agent.policy.mask, end_states=False)
         scores = score_states(agent.policy, agent.critic, states, best=True)
     return (scores.values + agent.advantage_scale * scores.best_log_probs)[: tree.num_prompts, 0].cpu().numpy()
