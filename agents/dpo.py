@@ -19,6 +19,7 @@ from textgym.agents.common.preference_losses import dpo_loss, ipo_loss, plackett
 from textgym.agents.offline import Metrics, MicroBatchShare, OfflineAgent, Share
 from textgym.agents.policy import CausalLMPolicy
 
+ROUNDING = 1e-4  # nats by which two passes over one completion may differ
 LossType: TypeAlias = Literal["sigmoid", "robust", "ipo"]
 
 
@@ -121,12 +122,13 @@ class DPO(OfflineAgent):
         last = batch.present.sum(1, keepdim=True) - 1
         rewards = self.beta * log_ratios
         best, worst = rewards[:, 0], rewards.gather(1, last)[:, 0]
-        as_labelled, flipped = batch.labels * (best > worst), (1 - batch.labels) * (best < worst)
+        # Equal but for rounding, as before the first step, is half right.
+        order = torch.where((best - worst).abs() < self.beta * ROUNDING, 0.5, (best > worst).float())
         means = {
             "rewards/chosen": best,
             "rewards/rejected": worst,
             "rewards/margins": best - worst,
-            "rewards/accuracies": as_labelled + flipped,
+            "rewards/accuracies": batch.labels * order + (1 - batch.labels) * (1 - order),
             "logps/chosen": log_probs[:, 0],
             "logps/rejected": log_probs.gather(1, last)[:, 0],
         }

@@ -132,6 +132,7 @@ def test_before_the_first_step_margins_are_zero_and_the_loss_is_log_two(task) ->
     numbers = DPO(task.policy(temperature=0.7), rows, seed=0).evaluate(rows)
     assert numbers["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert numbers["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert numbers["rewards/accuracies"] == pytest.approx(0.5)
 
 
 def test_metrics_by_hand(task) -> None:

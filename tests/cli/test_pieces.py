@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from textgym.cli.algorithms import ALGORITHMS, Algorithm, agent_class, learning_rates
+from textgym.cli.algorithms import ALGORITHMS, SFT, Algorithm, agent_class, learning_rates
 from textgym.cli.errors import UserError, one_line
 from textgym.cli.plots import plot_curves, series
 from textgym.cli.run_folder import RunFolder
@@ -101,7 +101,7 @@ def test_end_to_end_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_every_algorithm_has_its_class_and_its_step_size() -> None:
-    assert set(ALGORITHMS) == set(Algorithm)
+    assert set(ALGORITHMS) == {*Algorithm, SFT}
     for algorithm in Algorithm:
         assert agent_class(algorithm).__name__ == ALGORITHMS[algorithm].class_name
         assert f"{algorithm.value} {ALGORITHMS[algorithm].learning_rate:g}" in learning_rates()

@@ -1,4 +1,4 @@
-"""The algorithms of `textgym train`: their classes, and what suits the bundled model."""
+"""The algorithms of `textgym train` and `textgym sft`: their classes, and what suits the bundled model."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,25 +11,35 @@ class Algorithm(StrEnum):
     PPO = "ppo"
     REINFORCE = "reinforce"
     RLOO = "rloo"
+    DPO = "dpo"
+    KTO = "kto"
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """An algorithm's class and its step size.
+    """An algorithm's class and what suits it.
 
     Attributes:
         class_name: of the class in `textgym.agents`.
-        learning_rate: for the bundled model, which is tiny.
+        learning_rate: for the bundled model, which is tiny; of an offline algorithm it is that of the first step and falls to 0.
+        beta: β where `--beta` is not given.
+        offline: learns from a file of examples and samples nothing.
     """
 
     class_name: str
     learning_rate: float
+    beta: float = 0.2
+    offline: bool = False
 
 
-ALGORITHMS = {
+SFT = "sft"
+ALGORITHMS: dict[str, Defaults] = {
     Algorithm.PPO: Defaults("PPO", 5e-4),
     Algorithm.REINFORCE: Defaults("REINFORCE", 1e-3),
     Algorithm.RLOO: Defaults("RLOO", 1e-3),
+    Algorithm.DPO: Defaults("DPO", 3e-4, beta=0.3, offline=True),
+    Algorithm.KTO: Defaults("KTO", 2e-4, offline=True),
+    SFT: Defaults("SFT", 1e-3, offline=True),
 }
 OTHER_LEARNING_RATE = 1e-5  # for any other model
 
@@ -38,10 +48,22 @@ def agent_class(algorithm: str) -> Any:
     """Returns the class of an algorithm; this imports torch."""
     from textgym import agents
 
-    return getattr(agents, ALGORITHMS[Algorithm(algorithm)].class_name)
+    return getattr(agents, ALGORITHMS[algorithm].class_name)
 
 
 def learning_rates() -> str:
     """Returns the default learning rates in words, for `--help`."""
-    bundled = ", ".join(f"{algorithm.value} {defaults.learning_rate:g}" for algorithm, defaults in ALGORITHMS.items())
+    bundled = ", ".join(f"{algorithm.value} {ALGORITHMS[algorithm].learning_rate:g}" for algorithm in Algorithm)
     return f"bundled model: {bundled}; any other: {OTHER_LEARNING_RATE:g}"
+
+
+def betas() -> str:
+    """Returns the default β in words, for `--help`."""
+    usual = Defaults("", 0.0).beta
+    found = {algorithm.value: ALGORITHMS[algorithm].beta for algorithm in Algorithm}
+    return "; ".join([f"{usual:g}", *(f"{name} {beta:g}" for name, beta in found.items() if beta != usual)])
+
+
+def command(algorithm: str) -> str:
+    """Returns the command that trains with an algorithm."""
+    return f"textgym {algorithm}" if algorithm == SFT else f"textgym train {algorithm}"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from textgym.cli.algorithms import Algorithm, learning_rates
+from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.settings import TrainSettings, option, parse_options
 
@@ -21,6 +21,8 @@ app = typer.Typer(
 
 DEFAULTS = TrainSettings("ppo")
 RESUME_OPTIONS = ("total_timesteps", "device")  # what --resume lets one change
+ONLINE_OPTIONS = ("prompts", "num_envs")
+OFFLINE_OPTIONS = ("preferences",)
 
 
 @app.callback()
@@ -39,14 +41,22 @@ def train(
         str | None,
         typer.Option(help="Prompts to train on: .jsonl or .jsonl.gz with a column prompt; rewards get the others.", show_default="bundled"),
     ] = None,
+    preferences: Annotated[
+        str | None,
+        typer.Option(
+            help="What dpo and kto train on: .jsonl or .jsonl.gz with prompt, chosen, rejected (dpo) or prompt, completion, label (kto).",
+            show_default="completions of the bundled model, labelled by its reward",
+        ),
+    ] = None,
     eval_prompts: Annotated[
-        str | None, typer.Option(help="Held-out prompts, of the same form.", show_default="bundled, or a tenth of --prompts")
+        str | None,
+        typer.Option(help="Held-out prompts, of the same form.", show_default="bundled, or a tenth of the file"),
     ] = None,
     reward: Annotated[
         list[str],
         typer.Option(
             help="What to maximise: film-review (bundled), module:function or file.py:function (TRL's form), or the folder of a one-label "
-            "classifier. Several are added up."
+            "classifier. Several are added up. dpo and kto only measure it, and with --preferences only if it is given."
         ),
     ] = list(DEFAULTS.reward),  # noqa: B006  (typer copies it)
     reward_weight: Annotated[
@@ -59,9 +69,12 @@ def train(
     reference: Annotated[
         str | None, typer.Option(help="Folder or id of the model that KL is measured to.", show_default="the model as it is at the start")
     ] = None,
-    beta: Annotated[float, typer.Option(help="Weight of the KL penalty, reward per nat; 0: none.")] = DEFAULTS.beta,
+    beta: Annotated[float | None, typer.Option(help="Weight of the KL penalty, reward per nat; 0: none.", show_default=betas())] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling, in training and measuring.")] = DEFAULTS.temperature,
-    total_timesteps: Annotated[int, typer.Option(help="Training length in generated tokens.")] = DEFAULTS.total_timesteps,
+    total_timesteps: Annotated[
+        int,
+        typer.Option(help="Training length in generated tokens; dpo, kto: in completion tokens, and by default n_epochs passes."),
+    ] = 60_000,
     num_envs: Annotated[int, typer.Option(help="Completions per iteration.")] = DEFAULTS.num_envs,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt, in tokens; a longer one is an error.", show_default="that of the longest prompt")
@@ -70,7 +83,7 @@ def train(
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = DEFAULTS.max_new_tokens,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Step size of Adam.", show_default=learning_rates()),
+        typer.Option(help="Step size of Adam; of dpo and kto at the start, it falls to 0.", show_default=learning_rates()),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -93,26 +106,28 @@ def train(
 ) -> None:
     """Train a language model by reinforcement learning, and show what it learned.
 
-    Ends with reward and KL on held-out prompts before and after, sample texts side by side, and a run folder with the learning curves
-    (PNG, TensorBoard, CSV), samples, the model and a checkpoint. Without options it trains the bundled model, in about two minutes on two
-    CPU cores. Ctrl-C saves and says how to go on.
+    dpo and kto learn from preferences instead, without sampling. Ends with reward and KL on held-out prompts before and after, sample texts
+    side by side, and a run folder with the learning curves (PNG, TensorBoard, CSV), samples, the model and a checkpoint. Without options it
+    trains the bundled model, in about two minutes on two CPU cores. Ctrl-C saves and says how to go on.
     """
     with one_sentence_errors():
         if resume is not None:
             _resume(context, resume, algorithm)
             return
+        _check_kind(context, algorithm)
         settings = TrainSettings(
             algorithm=algorithm.value,
             model=model,
             prompts=prompts,
+            examples=preferences,
             eval_prompts=eval_prompts,
-            reward=tuple(reward),
+            reward=_measured(context, reward, model, preferences) if ALGORITHMS[algorithm].offline else tuple(reward),
             reward_weights=tuple(reward_weight) if reward_weight else None,
             true_reward=true_reward,
             reference=reference,
-            beta=beta,
+            beta=ALGORITHMS[algorithm].beta if beta is None else beta,
             temperature=temperature,
-            total_timesteps=total_timesteps,
+            total_timesteps=None if ALGORITHMS[algorithm].offline and not _was_given(context, "total_timesteps") else total_timesteps,
             num_envs=num_envs,
             max_prompt_tokens=max_prompt_tokens,
             truncate_prompts=truncate_prompts,
@@ -129,7 +144,21 @@ def train(
         command.train(settings, out, force)
 
 
-def _resume(context: typer.Context, folder: Path, algorithm: Algorithm) -> None:
+def _check_kind(context: typer.Context, algorithm: Algorithm) -> None:
+    """Raises on options that belong to the other kind of algorithm."""
+    offline = ALGORITHMS[algorithm].offline
+    for name in ONLINE_OPTIONS if offline else OFFLINE_OPTIONS:
+        if _was_given(context, name):
+            cure = "it samples nothing and learns from --preferences" if offline else "it learns from its own samples; give --prompts"
+            raise UserError(f"{option(name)} cannot be given with {algorithm.value}: {cure}.")
+
+
+def _measured(context: typer.Context, reward: list[str], model: str | None, examples: str | None) -> tuple[str, ...]:
+    """The reward that is measured beside examples: what was given, else the bundled one beside bundled things."""
+    return tuple(reward) if _was_given(context, "reward") or (model is None and examples is None) else ()
+
+
+def _resume(context: typer.Context, folder: Path, algorithm: str) -> None:
     """Goes on with a run: the options that were really given are its only changes."""
     given = {name for name in context.params if _was_given(context, name)} - {"algorithm", "resume"}
     refused = sorted(given - set(RESUME_OPTIONS))
@@ -138,12 +167,106 @@ def _resume(context: typer.Context, folder: Path, algorithm: Algorithm) -> None:
         raise UserError(f"{name} cannot be given with --resume: the run goes on with its own settings.")
     from textgym.cli import train as command
 
-    command.resume(folder, algorithm.value, {name: context.params[name] for name in given})
+    command.resume(folder, str(algorithm), {name: context.params[name] for name in given})
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+@app.command()
+def sft(
+    context: typer.Context,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            help="What to learn: .jsonl or .jsonl.gz with prompt and completion, or text, or messages.",
+            show_default="2,000 favourable film reviews",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of a causal language model with its tokenizer.", show_default="bundled")
+    ] = None,
+    eval_prompts: Annotated[
+        str | None,
+        typer.Option(help="Held-out prompts: .jsonl or .jsonl.gz with a column prompt.", show_default="bundled, or a tenth of the file"),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measured on completions of held-out prompts, not trained on; see textgym train. Several are added up.",
+            show_default="film-review beside the bundled examples, else none",
+        ),
+    ] = None,
+    reward_weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each --reward, in their order.", show_default="1 each")
+    ] = None,
+    true_reward: Annotated[
+        str | None,
+        typer.Option(help="A second reward that is only measured, of the same forms.", show_default="film-review-true beside film-review"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the distribution that is trained and sampled.")] = DEFAULTS.temperature,
+    epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 3,
+    total_timesteps: Annotated[
+        int | None, typer.Option(help="Training length in completion tokens.", show_default="--epochs passes")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per optimiser step.")] = 16,
+    packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row of the model's input: less padding.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion, in tokens.")] = DEFAULTS.max_new_tokens,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Step size of Adam at the start; it falls to 0.",
+            show_default=f"bundled model: {ALGORITHMS[SFT].learning_rate:g}; any other: {OTHER_LEARNING_RATE:g}",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of SFT, as max_tokens=512; repeatable."),
+    ] = None,
+    eval_interval: Annotated[
+        int | None, typer.Option(help="Optimiser steps between two measurements on held-out examples.", show_default="about 20 in all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = DEFAULTS.device,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/sft-DATE-TIME")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder. Its settings hold; only --total-timesteps and --device may be given."),
+    ] = None,
+) -> None:
+    """Fine-tune a language model on examples (supervised: cross-entropy on the completions), and show what it learned.
+
+    Ends with the loss on held-out examples before and after, sample texts side by side, and a run folder as that of textgym train. Without
+    options it teaches the bundled model to be kind to films, in about half a minute. Ctrl-C saves and says how to go on.
+    """
+    with one_sentence_errors():
+        if resume is not None:
+            _resume(context, resume, SFT)
+            return
+        settings = TrainSettings(
+            algorithm=SFT,
+            model=model,
+            examples=examples,
+            eval_prompts=eval_prompts,
+            reward=_measured(context, reward or list(DEFAULTS.reward), model, examples),
+            reward_weights=tuple(reward_weight) if reward_weight else None,
+            true_reward=true_reward,
+            beta=0.0,
+            temperature=temperature,
+            total_timesteps=total_timesteps,
+            max_new_tokens=max_new_tokens,
+            learning_rate=learning_rate,
+            options={"n_epochs": epochs, "batch_size": batch_size, "packing": packing, **parse_options(set_ or [])},
+            eval_interval=eval_interval,
+            seed=seed,
+            device=device,
+        )
+        from textgym.cli import train as command
+
+        command.train(settings, out, force)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Measuring a policy on held-out prompts: reward, true reward, KL and sample texts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +22,22 @@ class Measurement:
     """Means over held-out episodes.
 
     Attributes:
-        reward: what is trained on, without the KL term.
+        reward: what is trained on, without the KL term; what `--reward` names where examples are trained on, None where it names nothing.
         true_reward: what is only measured; None if nothing is.
         kl_per_sequence: KL to the reference, nats per completion.
         length: tokens per completion.
         ended: the share of completions that came to their end by EOS.
+        loss: of an offline algorithm on held-out examples.
+        accuracy: of DPO on held-out preferences: the share in whose order the implicit rewards are.
     """
 
-    reward: float
+    reward: float | None
     true_reward: float | None
     kl_per_sequence: float
     length: float
     ended: float
+    loss: float | None = None
+    accuracy: float | None = None
 
 
 def true_rewards(result: EvaluationResult, true_name: str) -> float:
@@ -43,13 +48,18 @@ def true_rewards(result: EvaluationResult, true_name: str) -> float:
 def measure(agent: "Agent", environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
     """Returns the means and one row per episode: prompt, completion, finish_reason, rewards and KL."""
     result = evaluate_policy(agent.policy, environment, agent.reference, episodes=EPISODES, seed=SEED)
+    held_out = agent.evaluation.held_out_numbers(agent) if isinstance(agent.evaluation, OfflineEvaluation) else {}
     measurement = Measurement(
-        reward=result.reward_mean,
+        reward=None if UNMEASURED in result.infos[0]["rewards"] else result.reward_mean,
         true_reward=None if true_name is None else true_rewards(result, true_name),
         kl_per_sequence=result.kl_mean,
         length=float(result.lengths.mean()),
         ended=float(np.mean([info["finish_reason"] == "eos" for info in result.infos])),
+        loss=held_out.get("eval/loss"),
+        accuracy=held_out.get("eval/accuracy"),
     )
+    for info in result.infos:
+        info["rewards"] = {name: value for name, value in info["rewards"].items() if name != UNMEASURED}
     names = ("prompt", "completion", "finish_reason", "rewards")
     kls = result.kl_per_sequence.tolist()
     return measurement, [{**{name: info[name] for name in names}, "kl": kl} for info, kl in zip(result.infos, kls, strict=True)]
@@ -76,6 +86,50 @@ class MeasuredEvaluation(Evaluation):
         if self.true_name is not None:
             agent.logger.record("eval/true_reward_mean", true_rewards(result, self.true_name))
         return result
+
+
+class OfflineEvaluation(MeasuredEvaluation):
+    """The same for an agent that learns from examples: also its loss on held-out ones, as `eval/loss`, and DPO's `eval/accuracy`.
+
+    Args:
+        held_out: the held-out examples.
+        rewarded: whether `env` has a reward; without one only the examples are looked at, and there is no best model.
+        env: see `MeasuredEvaluation`.
+        true_name: see `MeasuredEvaluation`.
+        interval: optimiser steps between two evaluations.
+        best_model_path: see `MeasuredEvaluation`.
+        max_kl: see `MeasuredEvaluation`.
+    """
+
+    def __init__(
+        self, held_out: Any, rewarded: bool, env: Any, true_name: str | None, interval: int, best_model_path: Path, max_kl: float | None
+    ) -> None:
+        super().__init__(env, true_name, interval, best_model_path, max_kl)
+        self.held_out, self.rewarded = held_out, rewarded
+
+    def after_iteration(self, agent: "Agent") -> None:
+        """See `Evaluation`."""
+        self.iterations += 1
+        if self.iterations % self.interval:
+            return
+        if self.rewarded:
+            self.run(agent)
+        for name, value in self.held_out_numbers(agent).items():
+            agent.logger.record(name, value)
+
+    def held_out_numbers(self, agent: Any) -> dict[str, float]:
+        """Returns loss and accuracy on the held-out examples, by log key."""
+        self.held_out = agent.read(self.held_out) if isinstance(self.held_out, list) else self.held_out
+        names = {"train/loss": "eval/loss", "rewards/accuracies": "eval/accuracy"}
+        return {names[name]: value for name, value in agent.evaluate(self.held_out).items() if name in names}
+
+
+UNMEASURED = "unmeasured"
+
+
+def unmeasured(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """The reward of an environment that only shows samples."""
+    return [0.0] * len(completions)
 
 
 def text_of(prompt: PromptText) -> str:

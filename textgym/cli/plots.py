@@ -20,6 +20,8 @@ PANELS = (
     Panel("reward", "rollout/reward_mean", "eval/reward_mean"),
     Panel("true reward (measured, not trained on)", None, "eval/true_reward_mean"),
     Panel("KL to the reference, nats per completion", "rollout/kl_per_sequence", "eval/kl_per_sequence"),
+    Panel("loss", "train/loss", "eval/loss"),
+    Panel("accuracy: preferences in the order of the implicit reward", "rewards/accuracies", "eval/accuracy"),
 )
 
 
@@ -30,7 +32,7 @@ def series(rows: Rows, metric: str | None) -> tuple[list[float], list[float]]:
 
 
 def plot_curves(rows: Rows, path: Path, title: str) -> None:
-    """Draws reward, true reward (if there is one) and KL over generated tokens.
+    """Draws reward, true reward, KL, loss and accuracy over tokens, those that there are.
 
     Args:
         rows: logged metrics, one dict per iteration.
@@ -49,10 +51,10 @@ def plot_curves(rows: Rows, path: Path, title: str) -> None:
     figure.suptitle(title)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         if panel.training is not None:
-            axes.plot(*series(rows, panel.training), color="C0", alpha=0.6, label="training prompts")
-        axes.plot(*series(rows, panel.held_out), "o-", color="C1", markersize=3, label="held-out prompts")
+            axes.plot(*series(rows, panel.training), color="C0", alpha=0.6, label="trained on")
+        axes.plot(*series(rows, panel.held_out), "o-", color="C1", markersize=3, label="held out")
         axes.set_title(panel.title)
-        axes.set_xlabel("generated tokens")
+        axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

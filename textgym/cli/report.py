@@ -15,11 +15,13 @@ SHOWN_SAMPLES = 6
 _TEXT_WIDTH = 60  # of each of the two columns in samples.txt
 
 _ROWS = (
-    ("reward", "reward (what was trained on)", "{:.3f}"),
+    ("reward", "reward", "{:.3f}"),
     ("true_reward", "true reward (only measured)", "{:.3f}"),
     ("kl_per_sequence", "KL to the reference, nats per completion", "{:.2f}"),
     ("length", "tokens per completion", "{:.1f}"),
     ("ended", "completions that end by themselves", "{:.0%}"),
+    ("loss", "loss on held-out examples", "{:.4f}"),
+    ("accuracy", "held-out preferences in the right order", "{:.1%}"),
 )
 
 
@@ -46,13 +48,13 @@ def samples_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, An
     table.add_column("before", ratio=1)
     table.add_column("after", ratio=1)
     for pair in zip(before[:SHOWN_SAMPLES], after[:SHOWN_SAMPLES], strict=True):
-        table.add_row(*(f"[dim]{escape(text_of(row['prompt']))}[/dim]{escape(row['completion'])}\n{_scores(row)}" for row in pair))
+        table.add_row(*(f"[dim]{escape(text_of(row['prompt']))}[/dim]{escape(row['completion'])}{_scores(row)}" for row in pair))
     return table
 
 
 def _scores(row: dict[str, Any]) -> str:
     scores = ", ".join(f"{escape(name)} {value:.2f}" for name, value in row["rewards"].items())
-    return f"[cyan]{scores}[/cyan]"
+    return f"\n[cyan]{scores}[/cyan]" if scores else ""
 
 
 def samples_text(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> str:
@@ -69,7 +71,7 @@ def samples_text(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any
 
 def _text_lines(row: dict[str, Any]) -> list[str]:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in row["rewards"].items())
-    return [*wrap(text_of(row["prompt"]) + row["completion"], _TEXT_WIDTH), f"({scores})"]
+    return [*wrap(text_of(row["prompt"]) + row["completion"], _TEXT_WIDTH), *([f"({scores})"] if scores else [])]
 
 
 def print_report(console: Console, folder: RunFolder, numbers: Table, samples: Table) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from textgym.cli.algorithms import command
 from textgym.cli.errors import UserError
 from textgym.cli.settings import TrainSettings
 
@@ -108,7 +109,7 @@ class RunFolder:
 
     def resume_command(self) -> str:
         """Returns the command that goes on with the run."""
-        return f"textgym train {self.settings().algorithm} --resume {shlex.quote(str(self.path))}"
+        return f"{command(self.settings().algorithm)} --resume {shlex.quote(str(self.path))}"
 
     def metrics_suffix(self) -> str:
         """Returns what to append to the name of the next `progress.csv`, so that none is overwritten."""

@@ -1,4 +1,4 @@
-"""What `textgym train` was told: one record, which is also the run folder's `config.json`."""
+"""What `textgym train` or `textgym sft` was told: one record, which is also the run folder's `config.json`."""
 
 import json
 from collections.abc import Sequence
@@ -6,22 +6,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, Algorithm
+from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE
 from textgym.cli.errors import UserError
 
-_PATHS = ("model", "reference", "prompts", "eval_prompts")
+_PATHS = ("model", "reference", "prompts", "eval_prompts", "examples")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The options of `textgym train`; see its `--help` for what each means.
 
-    None stands for what ships with the package (`model`, `prompts`, `eval_prompts`) or for "not wanted".
+    None stands for what ships with the package (`model`, `prompts`, `eval_prompts`, `examples`) or for "not wanted"; `total_timesteps` None
+    for the passes of an offline algorithm, until its examples are counted. `examples` is what `--preferences` or `--examples` names; with
+    it `reward` is only measured.
     """
 
     algorithm: str
     model: str | None = None
     prompts: str | None = None
+    examples: str | None = None
     eval_prompts: str | None = None
     reward: tuple[str, ...] = ("film-review",)
     reward_weights: tuple[float, ...] | None = None
@@ -29,7 +32,7 @@ class TrainSettings:
     reference: str | None = None
     beta: float = 0.2
     temperature: float = 1.0
-    total_timesteps: int = 60_000
+    total_timesteps: int | None = 60_000
     num_envs: int = 64
     max_prompt_tokens: int | None = None
     max_new_tokens: int = 24
@@ -46,7 +49,19 @@ class TrainSettings:
         """The learning rate: as given, else one that suits the bundled model (which is tiny), else one that suits others."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return ALGORITHMS[Algorithm(self.algorithm)].learning_rate if self.model is None else OTHER_LEARNING_RATE
+        return ALGORITHMS[self.algorithm].learning_rate if self.model is None else OTHER_LEARNING_RATE
+
+    @property
+    def offline(self) -> bool:
+        """Whether the algorithm learns from a file of examples."""
+        return ALGORITHMS[self.algorithm].offline
+
+    @property
+    def training_length(self) -> int:
+        """Timesteps to train for; counted by the time that training begins."""
+        if self.total_timesteps is None:
+            raise RuntimeError("The passes over the examples have not been counted yet; this is a bug of the command line.")
+        return self.total_timesteps
 
     @property
     def measured_reward(self) -> str | None:
@@ -59,7 +74,7 @@ class TrainSettings:
     def evaluation_interval(self) -> int:
         """Iterations between two evaluations: as given, else so that a run has about twenty."""
         tokens_per_iteration = self.num_envs * self.max_new_tokens * 0.6  # completions often end before the limit
-        return self.eval_interval or max(1, round(self.total_timesteps / tokens_per_iteration / 20))
+        return self.eval_interval or max(1, round(self.training_length / tokens_per_iteration / 20))
 
     def checked(self) -> Self:
         """Returns itself if the values can be right; whatever takes models or files to find out comes later.

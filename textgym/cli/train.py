@@ -1,7 +1,9 @@
-"""`textgym train`: measure, train, measure again, and write everything into a run folder."""
+"""`textgym train` and `textgym sft`: measure, train, measure again, and write everything into a run folder."""
 
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,8 @@ from rich.console import Console
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from textgym.agents.common.progress import ProgressCallback
-from textgym.cli.algorithms import agent_class
+from textgym.cli import offline_workplace
+from textgym.cli.algorithms import SFT, agent_class, command
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
 from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
 from textgym.cli.measuring import MeasuredEvaluation, Measurement, measure
@@ -31,7 +34,7 @@ from textgym.cli.workplace import (
 from textgym.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from textgym.agents.online import OnlineAgent
+    from textgym.agents.base import Agent
 
 CHECKPOINTS_PER_RUN = 5
 _RESERVED = ("policy", "env", "learning_rate", "beta", "reference", "evaluation", "seed", "device", "tensorboard_log", "optimizer")
@@ -41,7 +44,7 @@ Rows = list[dict[str, Any]]
 class Run:
     """One training run: an agent, its environments and its folder."""
 
-    def __init__(self, agent: "OnlineAgent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
+    def __init__(self, agent: "Agent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
         self.agent, self.environment, self.true_name = agent, environment, true_name
         self.folder, self.settings = folder, settings
         self.console = Console()
@@ -51,25 +54,14 @@ class Run:
     def start(cls, settings: TrainSettings, out: Path | None, force: bool) -> "Run":
         """Makes a new run; its folder appears only when its options have proved right and its reward has scored completions."""
         folder = RunFolder.choose(settings.algorithm, out, force)
-        algorithm_class = agent_class(settings.algorithm)
-        check_options(settings.options, algorithm_class, _RESERVED)
-        policy, reference = load_policies(settings)
-        envs, held_out, rewards = make_environments(settings, policy.tokenizer)
-        check_positions((envs, held_out), policy)
-        try:
-            agent = algorithm_class(
-                policy,
-                envs,
-                learning_rate=settings.step_size,
-                beta=settings.beta,
-                reference=reference,
-                evaluation=_evaluation(settings, held_out, rewards.true_name, folder),
-                seed=settings.seed,
-                **settings.options,
-            )
-        except TypeError as error:
-            raise UserError(f"--set: {one_line(str(error))}") from error
-        run = cls(agent, held_out, rewards.true_name, folder, settings)
+        check_options(settings.options, agent_class(settings.algorithm), _RESERVED)
+        if settings.offline:
+            with unknown_options():
+                agent, environment, true_name = offline_workplace.make_agent(settings, folder, settings.options)
+            settings = replace(settings, total_timesteps=offline_workplace.count_passes(settings, agent))
+        else:
+            agent, environment, true_name = make_online(settings, folder)
+        run = cls(agent, environment, true_name, folder, settings)
         measurement, samples = run.measure("before")
         folder.create(settings)
         run.write_measurement("before", measurement, samples)
@@ -78,11 +70,9 @@ class Run:
     @classmethod
     def resume(cls, folder: RunFolder, settings: TrainSettings) -> "Run":
         """Goes on with the run in `folder`."""
-        envs, held_out, rewards = make_environments(settings, load_tokenizer(folder.checkpoint / "model"))
-        evaluation = _evaluation(settings, held_out, rewards.true_name, folder)
-        device = check_device(settings.device)
-        agent = agent_class(settings.algorithm).load(folder.checkpoint, env=envs, device=device, evaluation=evaluation)
-        return cls(agent, held_out, rewards.true_name, folder, settings)
+        load = offline_workplace.load_agent if settings.offline else load_online
+        agent, environment, true_name = load(settings, folder)
+        return cls(agent, environment, true_name, folder, settings)
 
     def measure(self, when: str) -> tuple[Measurement, Rows]:
         """Measures the policy `"before"` or `"after"` training."""
@@ -101,7 +91,7 @@ class Run:
         Raises:
             typer.Exit: training was interrupted, or a reward or callback failed.
         """
-        remaining = self.settings.total_timesteps - self.agent.num_timesteps
+        remaining = self.settings.training_length - self.agent.num_timesteps
         suffix = self.folder.metrics_suffix()
         formats = [
             make_output_format("csv", str(self.folder.path), suffix),
@@ -112,7 +102,7 @@ class Run:
         bar = ProgressCallback()
         try:
             with StopRequest() as request:
-                every = max(1, self.settings.total_timesteps // CHECKPOINTS_PER_RUN)
+                every = max(1, self.settings.training_length // CHECKPOINTS_PER_RUN)
                 between = BetweenIterations(request, self.save_checkpoint, every)
                 self.agent.learn(remaining, callback=[between, bar], reset_num_timesteps=False)
             self.save_checkpoint()
@@ -138,7 +128,7 @@ class Run:
         self.plot()
 
     def _interrupted(self) -> None:
-        done, total = self.agent.num_timesteps, self.settings.total_timesteps
+        done, total = self.agent.num_timesteps, self.settings.training_length
         self.console.print(
             f"Stopped at {done:,} of {total:,} timesteps and saved. Go on with:\n  {self.folder.resume_command()}",
             highlight=False,
@@ -155,7 +145,7 @@ class Run:
 
     def plot(self) -> None:
         """Draws the curves of all metrics so far."""
-        title = f"{self.settings.algorithm.upper()}, beta {self.settings.beta:g}"
+        title = self.settings.algorithm.upper() + ("" if self.settings.algorithm == SFT else f", beta {self.settings.beta:g}")
         before = self.folder.read_summary().get("before", {})
         names = {"reward": "eval/reward_mean", "true_reward": "eval/true_reward_mean", "kl_per_sequence": "eval/kl_per_sequence"}
         start = {TIMESTEPS: 0.0, **{metric: before[name] for name, metric in names.items() if before.get(name) is not None}}
@@ -170,6 +160,42 @@ class Run:
         samples = [read_json_lines(self.folder.samples(when)) for when in ("before", "after")]
         self.folder.samples_text.write_text(samples_text(*samples), encoding="utf-8")
         print_report(self.console, self.folder, numbers_table(before, after), samples_table(*samples))
+
+
+@contextmanager
+def unknown_options() -> Iterator[None]:
+    """Turns the complaint of a constructor about its arguments into one about `--set`."""
+    try:
+        yield
+    except TypeError as error:
+        raise UserError(f"--set: {one_line(str(error))}") from error
+
+
+def make_online(settings: TrainSettings, folder: RunFolder) -> tuple[Any, Any, str | None]:
+    """Returns an agent in its environment, the one over held-out prompts, and the name of the reward that is only measured."""
+    policy, reference = load_policies(settings)
+    envs, held_out, rewards = make_environments(settings, policy.tokenizer)
+    check_positions((envs, held_out), policy)
+    with unknown_options():
+        agent = agent_class(settings.algorithm)(
+            policy,
+            envs,
+            learning_rate=settings.step_size,
+            beta=settings.beta,
+            reference=reference,
+            evaluation=_evaluation(settings, held_out, rewards.true_name, folder),
+            seed=settings.seed,
+            **settings.options,
+        )
+    return agent, held_out, rewards.true_name
+
+
+def load_online(settings: TrainSettings, folder: RunFolder) -> tuple[Any, Any, str | None]:
+    """The same from the checkpoint in a run folder."""
+    envs, held_out, rewards = make_environments(settings, load_tokenizer(folder.checkpoint / "model"))
+    evaluation = _evaluation(settings, held_out, rewards.true_name, folder)
+    agent = agent_class(settings.algorithm).load(folder.checkpoint, env=envs, device=check_device(settings.device), evaluation=evaluation)
+    return agent, held_out, rewards.true_name
 
 
 def train(settings: TrainSettings, out: Path | None, force: bool) -> None:
@@ -192,13 +218,13 @@ def resume(path: Path, algorithm: str, changes: dict[str, Any]) -> None:
     folder = RunFolder.open(path)
     settings = replace(folder.settings(), **changes).checked()
     if settings.algorithm != algorithm:
-        raise UserError(f"--resume {path} is a run of {settings.algorithm}: textgym train {settings.algorithm} --resume {path}")
+        raise UserError(f"--resume {path} is a run of {settings.algorithm}: {command(settings.algorithm)} --resume {path}")
     run = Run.resume(folder, settings)
-    if run.agent.num_timesteps >= settings.total_timesteps:
+    if run.agent.num_timesteps >= settings.training_length:
         done = run.agent.num_timesteps
         raise UserError(f"--resume {path}: this run has its {done:,} timesteps already; to go on, give a larger --total-timesteps.")
     folder.change_settings(settings)
-    print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.total_timesteps:,} timesteps", file=sys.stdout)
+    print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.training_length:,} timesteps", file=sys.stdout)
     run.train()
     run.finish()
 

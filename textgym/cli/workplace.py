@@ -75,10 +75,10 @@ def load_prompts(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     if settings.prompts is None:
         train: list[Row] = list(bundled_prompts("train"))
         held_out: list[Row] = list(bundled_prompts("eval"))
-        return train, held_out if settings.eval_prompts is None else _read_rows("--eval-prompts", settings.eval_prompts)
-    rows = _read_rows("--prompts", settings.prompts)
+        return train, held_out if settings.eval_prompts is None else read_prompt_rows("--eval-prompts", settings.eval_prompts)
+    rows = read_prompt_rows("--prompts", settings.prompts)
     if settings.eval_prompts is not None:
-        return rows, _read_rows("--eval-prompts", settings.eval_prompts)
+        return rows, read_prompt_rows("--eval-prompts", settings.eval_prompts)
     if len(rows) < 2:
         raise UserError(f"--prompts {settings.prompts} holds one prompt, so none can be held out: give --eval-prompts too.")
     random.Random(settings.seed).shuffle(rows)
@@ -86,7 +86,8 @@ def load_prompts(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     return rows[count:], rows[:count]
 
 
-def _read_rows(name: str, path: str) -> list[Row]:
+def read_prompt_rows(name: str, path: str) -> list[Row]:
+    """Reads the file of prompts that option `name` gives."""
     try:
         texts, columns = read_prompts(path)
     except (ValueError, OSError) as error:
