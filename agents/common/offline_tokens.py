@@ -32,7 +32,7 @@ def tokenise(
     """
     prompts = _encode_prompts(examples, tokenizer, where)
     strings = [text for example in examples for text in example.completions if isinstance(text, str) and example.prompt is not None]
-    encoded = dict(zip(dict.fromkeys(strings), encode_plain(tokenizer, list(dict.fromkeys(strings))), strict=True))
+    encoded = dict(zip(dict.fromkeys(strings), _encode_answers(tokenizer, list(dict.fromkeys(strings))), strict=True))
     usual_end = tokenizer.eos_token_id
     end = [usual_end if usual_end in eos_token_ids else eos_token_ids[0]] if append_eos else []
 
@@ -80,9 +80,20 @@ def _encode_answer(example: Example, answer: Any, tokenizer: Any, eos_token_ids:
             f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so that it cannot be "
             "said which tokens are the answer's; give the completion as a string."
         )
-    ids = encode_plain(tokenizer, [whole[len(beginning) :]])[0]
+    ids = _encode_answers(tokenizer, [whole[len(beginning) :]])[0]
     ends = [index for index, token in enumerate(ids) if token in eos_token_ids]
     return ids[: ends[0] + 1] if ends else ids
+
+
+def _encode_answers(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """Returns the ids of what follows a prompt.
+
+    SentencePiece tokenizers (Llama 2, Mistral) put a space of their own before every text. An answer that begins with one would have two,
+    where the policy, going on after the prompt, writes one.
+    """
+    plain, spaced = encode_plain(tokenizer, ["a", " a"])
+    own_space = spaced[1:] == plain and str(tokenizer.convert_ids_to_tokens(plain[:1])[0]).startswith("▁")
+    return encode_plain(tokenizer, [text.removeprefix(" ") if own_space else text for text in texts])
 
 
 def _ended(ids: Ids, end: Ids, eos_token_ids: Sequence[int]) -> Ids:

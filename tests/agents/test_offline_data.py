@@ -79,6 +79,27 @@ def test_a_tokenizers_own_bos_stands_before_the_prompt_only(tokenizer) -> None:
     assert second == ([bos], [[a, b, eos]])
 
 
+def test_a_tokenizer_that_adds_a_space_of_its_own_does_not_add_a_second_one() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", "▁", "a", "b", "▁a", "▁b"])}, [("▁", "a"), ("▁", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    assert llama_like(" a", add_special_tokens=False)["input_ids"] == llama_like("a", add_special_tokens=False)["input_ids"]
+    # Mistral's way: the mark is prepended to a text that has one already
+    from tokenizers import normalizers
+
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    mistral_like = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    assert len(mistral_like(" a", add_special_tokens=False)["input_ids"]) == 2
+    for kind in (llama_like, mistral_like):
+        examples, where = read_examples([{"prompt": "b", "chosen": " a", "rejected": "a"}], "preferences", preference_row)
+        (row,) = tokenise(examples, kind, [0], where, append_eos=True)
+        assert row.completions == [[4, 0], [4, 0]]
+
+
 def test_preferences_labels_and_weights() -> None:
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "c", "preference": 0.25, "weight": 2},
