@@ -1,6 +1,6 @@
 """The algorithms of `textgym train` and `textgym sft`: their classes, and what suits the bundled model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -11,6 +11,9 @@ class Algorithm(StrEnum):
     PPO = "ppo"
     REINFORCE = "reinforce"
     RLOO = "rloo"
+    REBEL = "rebel"
+    NLPO = "nlpo"
+    DQN = "dqn"
     DPO = "dpo"
     KTO = "kto"
 
@@ -23,12 +26,14 @@ class Defaults:
         class_name: of the class in `textgym.agents`.
         learning_rate: for the bundled model, which is tiny; of an offline algorithm it is that of the first step and falls to 0.
         beta: β where `--beta` is not given.
+        options: further arguments for the bundled model, where `--set` does not say otherwise.
         offline: learns from a file of examples and samples nothing.
     """
 
     class_name: str
     learning_rate: float
     beta: float = 0.2
+    options: dict[str, Any] = field(default_factory=dict)
     offline: bool = False
 
 
@@ -37,6 +42,9 @@ ALGORITHMS: dict[str, Defaults] = {
     Algorithm.PPO: Defaults("PPO", 5e-4),
     Algorithm.REINFORCE: Defaults("REINFORCE", 1e-3),
     Algorithm.RLOO: Defaults("RLOO", 1e-3),
+    Algorithm.REBEL: Defaults("REBEL", 5e-4),
+    Algorithm.NLPO: Defaults("NLPO", 5e-4),
+    Algorithm.DQN: Defaults("DQN", 5e-4, options={"gradient_steps": 4, "batch_size": 64, "critic_learning_rate": 2e-3}),
     Algorithm.DPO: Defaults("DPO", 3e-4, beta=0.3, offline=True),
     Algorithm.KTO: Defaults("KTO", 2e-4, offline=True),
     SFT: Defaults("SFT", 1e-3, offline=True),
@@ -62,6 +70,14 @@ def betas() -> str:
     usual = Defaults("", 0.0).beta
     found = {algorithm.value: ALGORITHMS[algorithm].beta for algorithm in Algorithm}
     return "; ".join([f"{usual:g}", *(f"{name} {beta:g}" for name, beta in found.items() if beta != usual)])
+
+
+def set_by_default() -> str:
+    """Returns the further arguments for the bundled model in words, for `--help`."""
+    words = {
+        algorithm.value: ", ".join(f"{name}={value:g}" for name, value in ALGORITHMS[algorithm].options.items()) for algorithm in Algorithm
+    }
+    return "; ".join(f"bundled model, {algorithm}: {options}" for algorithm, options in words.items() if options)
 
 
 def command(algorithm: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates
+from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates, set_by_default
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.settings import TrainSettings, option, parse_options
 
@@ -87,7 +87,12 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of the algorithm, as clip_range=0.1; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other argument of the algorithm, as clip_range=0.1; repeatable.",
+            show_default=set_by_default(),
+        ),
     ] = None,
     eval_interval: Annotated[
         int | None, typer.Option(help="Iterations between two measurements on held-out prompts.", show_default="about 20 in all")
@@ -133,7 +138,7 @@ def train(
             truncate_prompts=truncate_prompts,
             max_new_tokens=max_new_tokens,
             learning_rate=learning_rate,
-            options=parse_options(set_ or []),
+            options={**(ALGORITHMS[algorithm].options if model is None else {}), **parse_options(set_ or [])},
             eval_interval=eval_interval,
             max_kl=max_kl,
             seed=seed,
