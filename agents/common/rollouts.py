@@ -129,6 +129,8 @@ class RolloutCollector:
         expected = {key: np.array(value) for key, value in observations.items()}
         with SequenceWalk(self.envs) as walk:
             walk.prime(actions, lengths, generation.log_probs.cpu().numpy())
+            # The environment alone ends rows: one that does not end with its planned completion was sent something else.
+            walk.drop_plan()
             for t in range(int(lengths.max())):
                 before = walk.active.copy()
                 seen, active = walk.step(actions[:, t])
@@ -136,7 +138,8 @@ class RolloutCollector:
                 column = prompt_ids.shape[1] + t
                 expected["input_ids"][before, column] = actions[before, t]
                 expected["attention_mask"][before, column] = 1
-                if not _same(seen, expected, active):
+                overdue = active & (lengths <= t + 1)
+                if overdue.any() or not _same(seen, expected, active):
                     self._say_closed_loop()
                     return self._acting(observations, generator, on_step, walk, seen, actions[:, : t + 1])
                 if not active.any():
@@ -161,7 +164,6 @@ class RolloutCollector:
                 return self._acting(first, generator, on_step, fresh, first, np.empty((self.envs.num_envs, 0), dtype=np.int64))
         assert seen is not None and sent is not None
         prompt_ids, prompt_lengths = split_prompts(first)
-        walk.drop_plan()
         history = _concatenations(first, sent, prompt_ids.shape[1])
         actions = list(sent.T)
         state: Any = None

@@ -118,6 +118,8 @@ def test_a_wrapper_that_changes_tokens_is_acted_on_in_closed_loop(task, wrapper:
         second = agent.collector.walk(np.arange(8) % 3, agent.sampling_generator)
     for rollout in (first, second):
         assert rollout.steps is not None
+        # Every row came to its end in the environment, those whose planned completion was shorter included.
+        assert all("completion_ids" in info for info in rollout.infos)
         # Law 3, on what the policy really saw: its log-probs of the tokens it chose, one observation at a time.
         for t in range(rollout.completion_ids.shape[1]):
             live = rollout.lengths > t
