@@ -12,6 +12,7 @@ _HOMES = {
     "DPO": "textgym.agents.dpo",
     "DQN": "textgym.agents.dqn",
     "Evaluation": "textgym.agents.common.evaluation",
+    "GRPO": "textgym.agents.grpo",
     "KTO": "textgym.agents.kto",
     "NLPO": "textgym.agents.nlpo",
     "PPO": "textgym.agents.ppo",

@@ -4,6 +4,8 @@ Row i has `lengths[i]` tokens, each chosen by the policy; everything behind them
 All results are without gradient.
 """
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -176,6 +178,53 @@ def _held_returns(returns: Tensor, lengths: Tensor | None) -> Tensor:
             f"`returns` must be (B,) or (B, T) with `lengths` (B,), got shapes {tuple(returns.shape)} and {tuple(lengths.shape)}."
         )
     return hold_last(returns, lengths)
+
+
+AdvantageScale: TypeAlias = Literal["group", "batch", "none"]
+
+
+@torch.no_grad()
+def group_std(returns: Tensor, num_generations: int) -> Tensor:
+    """Returns the standard deviation of each prompt's returns, G − 1 in the denominator; exactly 0 where they are all equal.
+
+    Args:
+        returns: (B,); rows prompt-major.
+        num_generations: G, at least 2.
+
+    Returns:
+        (B / G,).
+    """
+    groups = as_groups("returns", returns, num_generations)
+    return (groups - groups[:, :1]).std(dim=1)
+
+
+@torch.no_grad()
+def group_normalized_advantages(returns: Tensor, num_generations: int, *, scale: AdvantageScale = "group", eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages, Shao et al. 2024 (arXiv:2402.03300), section 4.1.2.
+
+        A_i = (R_i − mean R) / (std R + eps)
+
+    The mean contains the own return: without the division A is (G − 1)/G times RLOO's. A group whose returns are all equal has A = 0.
+
+    Args:
+        returns: R_i, whole returns (B,); rows prompt-major, the G completions of a prompt next to each other.
+        num_generations: G, at least 2.
+        scale: "group" divides by the standard deviation of the prompt's returns, "batch" by that of all (both with one less than
+            their number in the denominator), "none" by 1 (Liu et al. 2025, arXiv:2503.20783).
+        eps: added to the standard deviation; TRL's.
+
+    Returns:
+        A, (B,).
+    """
+    groups = as_groups("returns", returns, num_generations)
+    # Less the first one, equal returns are exact zeros, whatever their level.
+    relative = groups - groups[:, :1]
+    deviations = relative - relative.mean(dim=1, keepdim=True)
+    if scale == "group":
+        deviations = deviations / (group_std(returns, num_generations)[:, None] + eps)
+    elif scale == "batch":
+        deviations = deviations / (returns.std() + eps)
+    return deviations.reshape(returns.shape)
 
 
 def moving_average(previous: float | None, value: float, *, decay: float) -> float:

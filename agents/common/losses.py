@@ -4,7 +4,7 @@ Every table is (B, T): one row per completion, one column per token, `completion
 Losses are minimised, so an objective to be maximised enters with a minus.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,12 +58,13 @@ def clipped_surrogate_loss(
     completion_mask: Tensor,
     *,
     clip_range: float,
+    clip_range_high: float | None = None,
     reduction: Reduction = "sequence_sum",
     count: float | Tensor | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate loss, Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
+    """PPO's clipped surrogate loss, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; two bounds: Yu et al. 2025 (arXiv:2503.14476).
 
-        L = −E[ min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t) ],    ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
+        L = −E[ min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε_high) A_t) ],    ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
 
     Where π = π_old the gradient is that of `reinforce_loss` with the same reduction.
 
@@ -73,6 +74,7 @@ def clipped_surrogate_loss(
         advantages: A_t, (B, T); taken as constants.
         completion_mask: True where the policy chose the token (not prompt, not padding), (B, T) bool.
         clip_range: ε, dimensionless.
+        clip_range_high: ε_high; None for ε.
         reduction: see `masking.reduce_tokens`; "token_mean" is the usual form in implementations of PPO, which changes the
             objective when lengths vary.
         count: the sequences (or tokens) of the whole batch when this call sees a part of it.
@@ -83,7 +85,7 @@ def clipped_surrogate_loss(
     check_same_shape(log_probs=log_probs, advantages=advantages)
     advantages = advantages.detach()
     ratios = masked_log_ratios(log_probs, old_log_probs.detach(), completion_mask).exp()
-    clipped_ratios = ratios.clamp(1 - clip_range, 1 + clip_range)
+    clipped_ratios = ratios.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     surrogate = torch.min(ratios * advantages, clipped_ratios * advantages)
     return -reduce_tokens(surrogate, completion_mask, reduction=reduction, count=count)
 
@@ -158,6 +160,70 @@ def rebel_loss(
     differences = groups[:, :, None] - groups[:, None, :]  # (P, G, G): every pair twice, and the zeros of the diagonal
     per_prompt = differences.square().sum(dim=(1, 2)) / (num_generations * (num_generations - 1))
     return per_prompt.sum() / (len(groups) if count is None else count)
+
+
+GRPOLoss: TypeAlias = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+
+
+class TokenReduction(TypedDict):
+    """The keywords `reduction` and `count` of the losses, see `masking.reduce_tokens`."""
+
+    reduction: Reduction
+    count: float
+
+
+def grpo_reduction(loss_type: GRPOLoss, *, sequences: int, tokens: int, max_length: int, mean_length: float) -> TokenReduction:
+    """How GRPO's variants reduce a minibatch; all numbers are those of the whole minibatch, so micro-batches add up.
+
+    =========  ==================================================================================================================
+    "grpo"     mean over the tokens of a completion, mean over completions (Shao et al. 2024, arXiv:2402.03300, eq. 3)
+    "bnpo"     mean over the tokens of the minibatch
+    "dr_grpo"  sum over tokens / (completions · longest possible completion) (Liu et al. 2025, arXiv:2503.20783, section 3.2)
+    "dapo"     sum over tokens / (completions · mean length in the rollout): over all minibatches of a rollout the mean over
+               its tokens (Yu et al. 2025, arXiv:2503.14476, eq. 8, with the batch in the place of the group, as TRL has it)
+    =========  ==================================================================================================================
+
+    Args:
+        loss_type: one of the four.
+        sequences: completions of the minibatch.
+        tokens: of the minibatch.
+        max_length: the most tokens a completion can have.
+        mean_length: tokens per completion of the whole rollout.
+    """
+    if loss_type == "grpo":
+        return {"reduction": "sequence_mean", "count": sequences}
+    if loss_type == "bnpo":
+        return {"reduction": "token_mean", "count": tokens}
+    return {"reduction": "sequence_sum", "count": sequences * (max_length if loss_type == "dr_grpo" else mean_length)}
+
+
+def reference_kl_loss(
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    completion_mask: Tensor,
+    *,
+    reduction: Reduction = "token_mean",
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """The k3 estimate of the KL to the reference as a term of the loss, Shao et al. 2024 (arXiv:2402.03300), eq. 4.
+
+        L = π_ref/π − 1 − log π_ref/π,    ∇L = (1 − π_ref/π) ∇log π,    E_π[∇L] = ∇KL(π_ref ‖ π) at each visited state
+
+    Its value estimates KL(π‖π_ref), its gradient is that of the other KL: what it pulls towards is not π_ref exp(r/β)/Z.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        reference_log_probs: log π_ref(a_t|s_t), (B, T); taken as constants.
+        completion_mask: True where the policy chose the token, (B, T) bool.
+        reduction: see `masking.reduce_tokens`.
+        count: the tokens (or sequences) of the whole batch when this call sees a part of it.
+
+    Returns:
+        Scalar, at least 0: by default the mean over the True tokens, in nats per token.
+    """
+    to_reference = -masked_log_ratios(log_probs, reference_log_probs.detach(), completion_mask)
+    # expm1 keeps the digits that exp(x) - 1 loses for small x.
+    return reduce_tokens(torch.expm1(to_reference) - to_reference, completion_mask, reduction=reduction, count=count)
 
 
 def value_loss(
@@ -251,3 +317,34 @@ def ratio_diagnostics(log_probs: Tensor, old_log_probs: Tensor, completion_mask:
         mean_ratio=masked_mean(ratios, completion_mask),
         max_ratio=zero_outside(ratios, completion_mask).max(),
     )
+
+
+class ClipFractions(NamedTuple):
+    """Shares of the tokens whose gradient the clipping has taken away; scalar tensors without gradient.
+
+    Attributes:
+        low: ρ < 1 − ε and A < 0.
+        high: ρ > 1 + ε_high and A > 0.
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+@torch.no_grad()
+def clip_fractions(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_range: float, clip_range_high: float
+) -> ClipFractions:
+    """Returns how much of a minibatch `clipped_surrogate_loss` holds; its arguments, TRL's `clip_ratio/low_mean` and `high_mean`.
+
+    Args:
+        log_probs: log π(a_t|s_t) under the policy being trained, (B, T).
+        old_log_probs: the same under the policy that sampled, (B, T).
+        advantages: A_t, (B, T).
+        completion_mask: True where the policy chose the token, (B, T) bool.
+        clip_range: ε.
+        clip_range_high: ε_high.
+    """
+    ratios = masked_log_ratios(log_probs, old_log_probs, completion_mask).exp()
+    low, high = (ratios < 1 - clip_range) & (advantages < 0), (ratios > 1 + clip_range_high) & (advantages > 0)
+    return ClipFractions(*(masked_mean(held.to(ratios.dtype), completion_mask) for held in (low, high)))

@@ -5,6 +5,8 @@ import torch
 
 from textgym.agents.common.advantages import (
     generalized_advantages,
+    group_normalized_advantages,
+    group_std,
     hold_last,
     importance_weighted_returns,
     leave_one_out_baseline,
@@ -115,6 +117,32 @@ def test_leave_one_out_is_the_scaled_deviation_from_the_group_mean():
     torch.testing.assert_close(returns - leave_one_out_baseline(returns, 4), scaled.flatten())
 
 
+def test_group_normalised_by_hand():
+    # Pairs (1, 3) and (10, 20): deviations 1 and 5, standard deviations √2 and 5 √2 with n − 1. All four: mean 8.5, Σ² 221.
+    returns = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    torch.testing.assert_close(group_std(returns, 2), torch.tensor([2**0.5, 5 * 2**0.5]))
+    none = group_normalized_advantages(returns, 2, scale="none")
+    assert none.tolist() == [-1.0, 1.0, -5.0, 5.0]
+    group = group_normalized_advantages(returns, 2, eps=0.1)
+    torch.testing.assert_close(group, none / torch.tensor([2**0.5 + 0.1] * 2 + [5 * 2**0.5 + 0.1] * 2))
+    batch = group_normalized_advantages(returns, 2, scale="batch", eps=0.1)
+    torch.testing.assert_close(batch, none / ((221 / 3) ** 0.5 + 0.1))
+    torch.testing.assert_close(group_normalized_advantages(returns, 4), (returns - 8.5) / ((221 / 3) ** 0.5 + 1e-4))
+
+
+def test_a_group_of_equal_returns_has_no_advantage():
+    """Their mean rounds: without care that error, divided by 1e-4, would be learned from."""
+    returns = torch.tensor([0.7] * 7 + [1e4 + 0.7] * 7)
+    assert group_std(returns, 7).tolist() == [0.0, 0.0]
+    assert group_normalized_advantages(returns, 7).tolist() == [0.0] * 14
+
+
+def test_centred_advantages_are_scaled_leave_one_out():
+    returns = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    expected = 3 / 4 * (returns - leave_one_out_baseline(returns, 4))
+    torch.testing.assert_close(group_normalized_advantages(returns, 4, scale="none"), expected)
+
+
 def test_moving_average():
     assert moving_average(None, 4.0, decay=0.9) == 4.0
     assert moving_average(2.0, 4.0, decay=0.75) == 2.5
@@ -140,6 +168,7 @@ def test_advantages_carry_no_gradient():
         (lambda: rewards_to_go(REWARDS, LENGTHS, truncated=LENGTHS > 1), "`truncated` and `bootstrap_values` belong together"),
         (lambda: leave_one_out_baseline(REWARDS, 1, LENGTHS), "`num_generations` must be at least 2"),
         (lambda: leave_one_out_baseline(REWARDS, 2, LENGTHS), "multiple of `num_generations` = 2 rows .* got 3"),
+        (lambda: group_normalized_advantages(REWARDS[:, 0], 2), "multiple of `num_generations` = 2 rows .* got 3"),
         (lambda: leave_one_out_baseline(REWARDS, 3), "`lengths` must be given"),
         (lambda: leave_one_out_baseline(REWARDS, 3, LENGTHS[:2]), r"`returns` must be \(B,\) or \(B, T\)"),
     ],

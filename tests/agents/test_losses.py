@@ -5,10 +5,13 @@ import torch
 
 from textgym.agents.common.advantages import leave_one_out_baseline
 from textgym.agents.common.losses import (
+    clip_fractions,
     clipped_surrogate_loss,
     entropy_bonus,
+    grpo_reduction,
     ratio_diagnostics,
     rebel_loss,
+    reference_kl_loss,
     reinforce_loss,
     sequence_surrogate_loss,
     value_loss,
@@ -126,6 +129,51 @@ def test_first_gradient_of_rebel_is_four_over_eta_times_leave_one_out(group):
     torch.testing.assert_close(rebel, 4 / 0.5 * gradient(lambda x: reinforce_loss(x, advantages, mask), log_probs))
 
 
+def test_two_clip_ranges_by_hand():
+    # ε = 0.2, ε_high = 2.5: ρ=.5, A=1: .5; ρ=3, A=2: 6, inside; ρ=1.1, A=−1: −1.1; ρ=2, A=−3: −6.
+    loss = clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK, clip_range=0.2, clip_range_high=2.5)
+    assert loss.item() == pytest.approx(-(0.5 + 6 - 1.1 - 6) / 2)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    low = clipped_surrogate_loss(
+        torch.full((1, 1), math.log(0.5)), torch.zeros(1, 1), -one.float(), one, clip_range=0.2, clip_range_high=0.7
+    )
+    assert low.item() == pytest.approx(0.8)  # the lower bound is 1 − ε, not 1 − ε_high
+
+
+def test_clip_fractions_by_hand():
+    # Ratios .5 (A > 0), 3 (A > 0), 1.1 (A < 0), 2 (A < 0): one of four is held from above, none from below.
+    fractions = clip_fractions(NEW, OLD, ADVANTAGES, MASK, clip_range=0.2, clip_range_high=0.2)
+    assert (fractions.low.item(), fractions.high.item()) == (0.0, 0.25)
+    turned = clip_fractions(NEW, OLD, -ADVANTAGES, MASK, clip_range=0.2, clip_range_high=0.5)
+    assert (turned.low.item(), turned.high.item()) == (0.25, 0.25)
+    assert clip_fractions(NEW, OLD, ADVANTAGES, MASK, clip_range=0.2, clip_range_high=2.5).high.item() == 0.0
+
+
+def test_reference_kl_by_hand():
+    # π_ref/π = 2, 1/3, 1/1.1, 1/2 (the ratios above upside down): x − 1 − log x; its gradient is 1 − x.
+    inverse = [2.0, 1 / 3, 1 / 1.1, 0.5]
+    expected = [x - 1 - math.log(x) for x in inverse]
+    assert reference_kl_loss(NEW, OLD, MASK).item() == pytest.approx(sum(expected) / 4)
+    per_sequence = reference_kl_loss(NEW, OLD, MASK, reduction="sequence_mean").item()
+    assert per_sequence == pytest.approx((sum(expected[:3]) / 3 + expected[3]) / 2)
+    grad = gradient(lambda x: reference_kl_loss(x, OLD, MASK), NEW)
+    torch.testing.assert_close(grad, torch.tensor([[-1.0, 2 / 3, 1 - 1 / 1.1], [0.5, 0, 0]]) / 4)
+    assert reference_kl_loss(OLD, OLD, MASK).item() == 0
+
+
+GRPO_WEIGHTS = {"grpo": [1 / 6, 1 / 2], "bnpo": [1 / 4, 1 / 4], "dr_grpo": [1 / 10, 1 / 10], "dapo": [1 / 3, 1 / 3]}
+
+
+@pytest.mark.parametrize("loss_type", GRPO_WEIGHTS)
+def test_reductions_of_grpo_by_hand(loss_type):
+    """What one token of each row weighs: three tokens and one, at most five possible, 1.5 on average in the rollout."""
+    reduction = grpo_reduction(loss_type, sequences=2, tokens=4, max_length=5, mean_length=1.5)
+    grad = gradient(lambda x: reinforce_loss(x, torch.ones(2, 3), MASK, **reduction), NEW)
+    torch.testing.assert_close(-grad, torch.tensor(GRPO_WEIGHTS[loss_type])[:, None] * MASK)
+    parts = [reinforce_loss(NEW[[i]], torch.ones(1, 3), MASK[[i]], **reduction) for i in range(2)]
+    torch.testing.assert_close(sum(parts), reinforce_loss(NEW, torch.ones(2, 3), MASK, **reduction))
+
+
 def test_advantages_and_old_log_probs_are_constants():
     advantages, old = ADVANTAGES.clone().requires_grad_(), OLD.clone().requires_grad_()
     new = NEW.clone().requires_grad_()
@@ -133,6 +181,7 @@ def test_advantages_and_old_log_probs_are_constants():
     reinforce_loss(new, advantages, MASK).backward()
     sequence_surrogate_loss(new, old, advantages[:, 0], MASK).backward()
     rebel_loss(new, old, advantages[:, 0], MASK, num_generations=2).backward()
+    reference_kl_loss(new, old, MASK).backward()
     assert new.grad is not None
     assert advantages.grad is None
     assert old.grad is None

@@ -83,7 +83,7 @@ LOSS_MUTATIONS = [
     Mutation("PPO: no clipping", f"{LOSSES}:clipped_surrogate_loss",
              "clipped_ratios * advantages)", "ratios * advantages)", hand("losses", "clipped_surrogate_by_hand")),
     Mutation("PPO: clipped from above only", f"{LOSSES}:clipped_surrogate_loss",
-             "ratios.clamp(1 - clip_range, 1 + clip_range)", "ratios.clamp(max=1 + clip_range)",
+             "ratios.clamp(1 - clip_range, 1 +", "ratios.clamp(0.0, 1 +",
              hand("losses", "clipping_from_below_by_hand")),
     Mutation("PPO: clipped ratio alone, no minimum", f"{LOSSES}:clipped_surrogate_loss",
              "torch.min(ratios * advantages, clipped_ratios * advantages)", "clipped_ratios * advantages",

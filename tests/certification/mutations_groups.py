@@ -5,10 +5,12 @@ LOSSES, ADVANTAGES, CHECKS = (
     "textgym.agents.common.advantages",
     "certification/test_group_gradients.py::test_",
 )
-RLOO, REBEL = "textgym.agents.rloo:RLOO", "textgym.agents.rebel:REBEL"
+RLOO, REBEL, GRPO = "textgym.agents.rloo:RLOO", "textgym.agents.rebel:REBEL", "textgym.agents.grpo:GRPO"
 RLOO_UPDATE, RLOO_CLIPPED = f"{CHECKS}two_epochs_of_rloo[mixed lengths-None]", f"{CHECKS}two_epochs_of_rloo[mixed lengths-0.1]"
 
 
+GRPO_STEP = f"{CHECKS}expected_step_of_grpo_is_its_exact_one[grpo]"
+GRPO_UPDATE = {name: f"{CHECKS}two_epochs_of_grpo[mixed lengths-{name}]" for name in ("grpo", "bnpo", "dr_grpo", "dapo")}
 REBEL_UPDATE = f"{CHECKS}two_epochs_of_rebel[mixed lengths]"
 
 
@@ -22,6 +24,45 @@ def first_step(name: str) -> str:
 
 # fmt: off
 MUTATIONS = [
+    ("GRPO: mean and deviation of the whole rollout", f"{GRPO}.train",
+     "group_normalized_advantages(returns, rollout.num_generations,", "group_normalized_advantages(returns, len(rollout),",
+     GRPO_UPDATE["dapo"]),
+    ("GRPO: standard deviation with n in the denominator", f"{ADVANTAGES}:group_std",
+     ".std(dim=1)", ".std(dim=1, correction=0)", GRPO_STEP),
+    ("GRPO: variance for the standard deviation", f"{ADVANTAGES}:group_std", ".std(dim=1)", ".var(dim=1)", GRPO_STEP),
+    ("GRPO: no mean", f"{ADVANTAGES}:group_normalized_advantages",
+     "relative - relative.mean(dim=1, keepdim=True)", "groups", hand("advantages", "group_normalised_by_hand")),
+    ("GRPO: level left in where all returns are equal", f"{ADVANTAGES}:group_normalized_advantages",
+     "relative = groups - groups[:, :1]", "relative = groups", hand("advantages", "a_group_of_equal_returns_has_no_advantage")),
+    ("GRPO: batch scaled by its groups", f"{ADVANTAGES}:group_normalized_advantages",
+     "returns.std()", "group_std(returns, num_generations).mean()", hand("advantages", "group_normalised_by_hand")),
+    ("GRPO: KL subtracted", f"{GRPO}.loss", "return policy_loss + self", "return policy_loss - self", GRPO_STEP),
+    ("GRPO: KL of the other direction", f"{LOSSES}:reference_kl_loss",
+     "to_reference = -masked", "to_reference = masked", GRPO_STEP),
+    ("GRPO: k1 in the loss", f"{LOSSES}:reference_kl_loss",
+     "torch.expm1(to_reference) - to_reference", "-to_reference", GRPO_STEP),
+    ("GRPO: k2 in the loss", f"{LOSSES}:reference_kl_loss",
+     "torch.expm1(to_reference) - to_reference", "0.5 * to_reference.square()", GRPO_STEP),
+    ("GRPO: stale samples taken as fresh", f"{GRPO}.train",
+     "stale = self.n_epochs > 1 or batch_size < len(rollout)", "stale = False", GRPO_UPDATE["grpo"]),
+    ("GRPO: one clip range for both sides", f"{GRPO}.loss",
+     "clip_range=clip_range, clip_range_high=clip_range_high, **reduction", "clip_range=clip_range, **reduction",
+     f"{CHECKS}two_epochs_of_grpo[another batch-bnpo]"),
+    ("GRPO: bounds swapped", f"{LOSSES}:clipped_surrogate_loss", "ratios.clamp(1 - clip_range, 1 +",
+     "ratios.clamp(1 - (clip_range_high or clip_range), 1 +", hand("losses", "two_clip_ranges_by_hand")),
+    ("GRPO: grpo as token mean", f"{LOSSES}:grpo_reduction",
+     '{"reduction": "sequence_mean", "count": sequences}', '{"reduction": "token_mean", "count": tokens}', GRPO_UPDATE["grpo"]),
+    ("GRPO: bnpo by the rollout's tokens", f"{LOSSES}:grpo_reduction", 'if loss_type == "bnpo"', 'if loss_type == "none"',
+     GRPO_UPDATE["bnpo"]),
+    ("GRPO: dapo by the minibatch's tokens", f"{LOSSES}:grpo_reduction",
+     'max_length if loss_type == "dr_grpo" else mean_length', 'max_length if loss_type == "dr_grpo" else tokens / sequences',
+     GRPO_UPDATE["dapo"]),
+    ("GRPO: dr_grpo by the lengths at hand", f"{LOSSES}:grpo_reduction",
+     'max_length if loss_type == "dr_grpo" else mean_length', "mean_length", GRPO_UPDATE["dr_grpo"]),
+    ("GRPO: longest length with the prompt in it", f"{GRPO}.max_length",
+     "shape[-1] - rollout.prompt_ids.shape[1]", "shape[-1]", GRPO_UPDATE["dr_grpo"]),
+    ("GRPO: dr_grpo scaled unasked", f"{GRPO}.__init__", '"none" if loss_type == "dr_grpo" else "group"', '"group"',
+     GRPO_UPDATE["dr_grpo"]),
     ("RLOO: sign", f"{LOSSES}:sequence_surrogate_loss", "return -surrogate", "return surrogate", first_step("RLOO, k = 2")),
     ("RLOO: micro-batch divided by its own size", f"{LOSSES}:sequence_surrogate_loss",
      "(len(surrogate) if count is None else count)", "len(surrogate)", first_step("RLOO, micro-batches")),

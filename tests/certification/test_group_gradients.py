@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents import REBEL, REINFORCE, RLOO, CausalLMPolicy
-from textgym.exact import TokenTree, hard_tree, soft_solution, total_variation
-from textgym.exact.certification import exact_setup_gradient, expected_gradient, make_setup, with_completions
+from textgym.agents import GRPO, REBEL, REINFORCE, RLOO, CausalLMPolicy
+from textgym.exact import GroupAdvantages, TokenTree, grpo_token_weights, hard_tree, soft_solution, total_variation
+from textgym.exact.certification import exact_setup_gradient, expected_gradient, make_setup, tabular_policy, with_completions
+from textgym.exact.gradients import model_score
 
 
 def tiny_tree():
@@ -62,6 +63,33 @@ def test_expected_gradient_is_the_policy_gradient(name, device):
 @pytest.mark.parametrize("name", ["RLOO, k = 2", "REBEL"])
 def test_expected_gradient_at_another_temperature(name, device):
     assert error_of_the_expected_gradient(name, 0.6, device) < 1e-4
+
+
+# name: (options, completions per rollout, the reduction and the scale of the exact form, its constant)
+GRPO_STEPS = {
+    "grpo": ({"loss_type": "grpo"}, 3, "sequence_mean", True, 1.0),
+    "grpo, pairs": ({"loss_type": "grpo", "micro_batch_size": 1}, 2, "sequence_mean", True, 1.0),
+    "grpo, not scaled": ({"loss_type": "grpo", "scale_rewards": False}, 2, "sequence_mean", False, 1.0),
+    "dr_grpo": ({"loss_type": "dr_grpo", "micro_batch_size": 2}, 3, "sequence_sum", False, 1 / 3),
+    "dr_grpo, scaled": ({"loss_type": "dr_grpo", "scale_rewards": "group"}, 2, "sequence_sum", True, 1 / 3),
+    "no KL term": ({"loss_type": "grpo", "beta": 0.0}, 2, "sequence_mean", True, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", GRPO_STEPS)
+def test_expected_step_of_grpo_is_its_exact_one(name, device):
+    """Not ∇J: the form that `textgym.exact.groups` derives by enumeration, and whose zero is GRPO's fixed point."""
+    options, group, reduction, scale, constant = GRPO_STEPS[name]
+    setup = make_setup(tiny_tree(), seed=0, num_envs=group, displaced=True, device=device)
+    found = expected_gradient(lambda setup: make_agent(setup, GRPO, num_generations=group, **options), setup, group=group)
+    tree, beta = setup.tree, options.get("beta", setup.beta)
+    policy = tabular_policy(setup, setup.model)
+    advantages = GroupAdvantages(tree, group, scale=scale)
+    weights = grpo_token_weights(advantages, policy, setup.reference_policy(), beta, reduction=reduction)
+    log_probs = model_score(setup.model)(*(torch.as_tensor(part, device=device) for part in tree.batch()))
+    total = (constant * torch.as_tensor(weights).to(log_probs).view_as(log_probs) * log_probs).sum()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(setup.model.parameters()))]).double().cpu()
+    assert relative_error(found, exact) < 1e-4
 
 
 # Which completions the four rows of a rollout are, two groups of two.
@@ -172,6 +200,52 @@ def test_two_epochs_of_rebel(rows, device):
             gaps = [update.log_probs(update.model, row).sum() - old[row] for row in (i, j)]
             update.descend(((gaps[0] - gaps[1]) / 0.8 - (returns[i] - returns[j])) ** 2)
     update.compare()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_epochs_of_grpo(rows, loss_type, device):
+    """In minibatches of two completions, which need not be a group, with different clip ranges above and below."""
+    options = {"n_epochs": 2, "batch_size": 2, "micro_batch_size": 1, "clip_range": 0.02, "clip_range_high": 0.2}
+    update = Update(GRPO, ROWS[rows], device, loss_type=loss_type, rate=0.02, **options)
+    lengths = [len(ids) for ids in update.completions]
+    deviation = [0.5 * (update.scores[row] - update.scores[row ^ 1]) for row in range(4)]
+    if loss_type != "dr_grpo":  # the standard deviation of a pair is its difference over √2
+        deviation = [d / (2**0.5 * abs(d) + 1e-4) for d in deviation]
+    old = [update.log_probs(update.model, row).detach() for row in range(4)]
+    reference = [update.log_probs(update.reference, row).detach() for row in range(4)]
+    generator = copy.deepcopy(make_agent(make_setup(tiny_tree(), seed=0, num_envs=4), REBEL).minibatch_generator)
+    clipped = 0
+    for _ in range(2):
+        for minibatch in generator.permutation(4).reshape(2, 2):
+            loss = 0.0
+            for row in minibatch:
+                log_probs = update.log_probs(update.model, row)
+                weight = {
+                    "grpo": 1 / (2 * lengths[row]),
+                    "bnpo": 1 / sum(lengths[i] for i in minibatch),
+                    "dr_grpo": 1 / (2 * 3),
+                    "dapo": 1 / (2 * sum(lengths) / 4),
+                }[loss_type]
+                for t in range(lengths[row]):
+                    ratio, away = (log_probs[t] - old[row][t]).exp(), (reference[row][t] - log_probs[t]).exp()
+                    gain = torch.minimum(ratio * deviation[row], ratio.clamp(0.98, 1.2) * deviation[row])
+                    clipped += (gain != ratio * deviation[row]).item()
+                    loss = loss - weight * (gain - update.beta * (away - 1 - away.log()))
+            update.descend(loss)
+    assert clipped >= 2, "the example must reach the clip ranges"
+    update.compare()
+
+
+def test_one_step_of_grpo_without_scale_and_kl_is_a_share_of_rloo(device):
+    """(G − 1)/G, its mean containing the own return, and one over the longest possible completion."""
+    found = []
+    for agent_class, more in ((RLOO, {}), (GRPO, {"loss_type": "dr_grpo"})):
+        setup = make_setup(tiny_tree(), seed=0, num_envs=12, displaced=True, device=device)
+        agent = make_agent(setup, agent_class, num_generations=3, beta=0.0, learning_rate=0.3, **more).learn(1)
+        found.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters()]))
+    torch.testing.assert_close(found[1], found[0] * (2 / 3) / 3, atol=1e-6, rtol=1e-4)
+    assert found[0].norm() > 0.1
 
 
 def test_rebel_with_one_rollout_of_everything_solves_for_the_optimum(device):

@@ -3,6 +3,7 @@
 `gradients` and `models` need torch and are imported by name: `from textgym.exact.models import tiny_lm`.
 """
 
+from textgym.exact.groups import GroupAdvantages, grpo_fixed_point, grpo_logit_gradient, grpo_token_weights
 from textgym.exact.problems import HARD_TREE_BETA, hard_tree
 from textgym.exact.q_learning import (
     BellmanOperator,
@@ -21,6 +22,7 @@ from textgym.exact.solutions import (
     completion_kl,
     expected_reward,
     frontier,
+    frontier_reward,
     hard_solution,
     kl_divergence,
     logit_gradient,
@@ -37,6 +39,7 @@ __all__ = [
     "HARD_TREE_BETA",
     "BellmanOperator",
     "FrontierPoint",
+    "GroupAdvantages",
     "HardSolution",
     "QLearningResult",
     "SoftSolution",
@@ -48,6 +51,10 @@ __all__ = [
     "error_bound",
     "expected_reward",
     "frontier",
+    "frontier_reward",
+    "grpo_fixed_point",
+    "grpo_logit_gradient",
+    "grpo_token_weights",
     "hard_solution",
     "hard_tree",
     "kl_divergence",

@@ -120,7 +120,7 @@ class FixedPoint(NamedTuple):
 
     Attributes:
         seed: of the tree, the models and the agent.
-        total_variation: of each prompt to π*, in [0, 1].
+        total_variation: of each prompt to π*, or to the `target`, in [0, 1].
         start: that of the reference.
         objective: J of the trained policy, mean over the prompts.
         optimum: J(π*).
@@ -154,6 +154,7 @@ def certify_fixed_point(
     total_timesteps: int,
     tree: TokenTree | None = None,
     kept: Callable[[Agent, Setup], BoolArray] | None = None,
+    target: Callable[[Setup], Table] | None = None,
     device: str = "cpu",
 ) -> FixedPoint:
     """Trains an agent on the hard tree and measures its distance to π*.
@@ -166,6 +167,8 @@ def certify_fixed_point(
         tree: another tree than `hard_tree(seed)`.
         kept: for an agent whose policy and reference are renormalised over a part of the vocabulary, what that part is when it has
             learned, (N, S, V): π* is then the optimum inside it (`solutions.restrict`).
+        target: for an algorithm whose fixed point is not π* (GRPO's is `groups.grpo_fixed_point`), a function that returns it as a
+            tabular policy: the distances are then those to it. The objectives stay J and that of π*.
         device: of the models.
     """
     setup = make_setup(hard_tree(seed) if tree is None else tree, seed=seed, num_envs=num_envs, device=device)
@@ -180,12 +183,13 @@ def certify_fixed_point(
         policy, reference = restrict(tabular_policy(setup, setup.model), part), restrict(reference, part)
     solution = soft_solution(setup.tree, reference, setup.beta)
     log_probs, reference_log_probs = setup.tree.log_probs(policy), setup.tree.log_probs(reference)
+    goal = solution.log_probs if target is None else setup.tree.log_probs(target(setup))
     kl = completion_kl(log_probs, reference_log_probs)
     reward = (np.exp(log_probs) * setup.tree.rewards).sum(axis=-1)
     return FixedPoint(
         seed=seed,
-        total_variation=tuple(completion_distance(log_probs, solution.log_probs).tolist()),
-        start=tuple(completion_distance(reference_log_probs, solution.log_probs).tolist()),
+        total_variation=tuple(completion_distance(log_probs, goal).tolist()),
+        start=tuple(completion_distance(reference_log_probs, goal).tolist()),
         objective=float((reward - setup.beta * kl).mean()),
         optimum=float(solution.objective.mean()),
         kl=float(kl.mean()),

@@ -203,6 +203,26 @@ def frontier(tree: TokenTree, reference: Any, betas: Sequence[float]) -> list[Fr
     return points
 
 
+def frontier_reward(tree: TokenTree, reference: Any, kl: float) -> float:
+    """Returns the most mean reward that a policy can have whose mean KL to the reference is at most `kl`.
+
+    It is that of π_ref exp(r/β)/Z with the β at which its KL is `kl`, found by bisection.
+
+    Args:
+        tree: the MDP.
+        reference: π_ref.
+        kl: mean over the prompts of KL(π ‖ π_ref), in nats per sequence, at least 0.
+    """
+    if not kl >= 0:
+        raise ValueError(f"`kl` must be a number of at least 0, got {kl}.")
+    low, high = 1e-3 * float(np.ptp(tree.rewards, axis=1).max()), 1e6  # β: the KL falls with it
+    for _ in range(100):
+        middle = float(np.sqrt(low * high))
+        (point,) = frontier(tree, reference, [middle])
+        low, high = (middle, high) if point.kl > kl else (low, middle)
+    return point.reward
+
+
 def logit_gradient(tree: TokenTree, policy: Table, reference: Any, beta: float) -> Table:
     """Returns ∂J/∂logit(s,a) of a tabular softmax policy for the mean of J over the prompts, (N, S, V).
 
