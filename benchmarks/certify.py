@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from textgym.agents import DPO, NLPO, PPO, REINFORCE, CausalLMPolicy
-from textgym.exact import TokenTree, hard_tree
+from textgym.agents import DPO, GRPO, NLPO, PPO, REBEL, REINFORCE, RLOO, CausalLMPolicy
+from textgym.exact import GroupAdvantages, TokenTree, grpo_fixed_point, hard_tree
 from textgym.exact.certification import (
     FixedPoint,
     Setup,
@@ -64,6 +64,7 @@ class Candidate:
         tokens: to train for.
         kept: the part of the vocabulary that policy and reference are renormalised over, see `certify_fixed_point`; None for all of it.
         bound: of the worst total variation.
+        target: its fixed point, where that is not π*.
     """
 
     agent_class: Callable[..., Any]
@@ -75,6 +76,7 @@ class Candidate:
     tokens: int = 2_500_000
     kept: Callable[[Any, Setup], BoolArray] | None = None
     bound: float = BOUND
+    target: Callable[[Setup], Any] | None = None
 
     def schedule(self, left: float) -> float:
         """Returns the learning rate when the share `left` of the tokens is still to come."""
@@ -143,6 +145,15 @@ def dpo(policy: CausalLMPolicy, envs: Any, *, pairs: Callable[..., Any], referen
 DPO_TOKENS = 1500 * 62_748  # steps, and tokens of all pairs: each of the 255 completions stands in 84
 DPO_TRAINING: dict[str, Any] = {"learning_rate": 1e-2, "exponent": 2.0, "num_envs": 1, "tokens": DPO_TOKENS}
 
+
+GRPO_GROUP = 3  # all groups of three of 85 completions can be written down in a second
+
+
+def grpo_target(setup: Setup) -> Any:
+    """Returns where GRPO's expected step vanishes; "dapo" in large batches, whose tokens are nearly a constant."""
+    return grpo_fixed_point(GroupAdvantages(setup.tree, GRPO_GROUP), setup.reference_policy(), setup.beta)
+
+
 CANDIDATES = {
     "ppo": Candidate(
         PPO,
@@ -177,6 +188,14 @@ CANDIDATES = {
     ),
     "dpo-exact-labels": Candidate(dpo, {"pairs": every_pair}, **DPO_TRAINING),
     "dpo-sampled-labels": Candidate(dpo, {"pairs": sampled_pairs}, bound=SAMPLED_LABELS_BOUND, **DPO_TRAINING),
+    "rloo-2": Candidate(RLOO, {"num_generations": 2}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000),
+    "rloo-4": Candidate(RLOO, {"num_generations": 4}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000),
+    "rebel": Candidate(
+        REBEL, {"num_generations": 2}, {"n_epochs": 2, "batch_size": 768, "optimizer": quick_adam}, num_envs=1536, tokens=3_000_000
+    ),
+    "grpo": Candidate(
+        GRPO, {"num_generations": GRPO_GROUP}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000, target=grpo_target
+    ),
 }
 
 # Part (b): every baseline, and PPO as it is before its second step. (class, options, completions per rollout of the expected gradient)
@@ -190,6 +209,8 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
     "reinforce, value": (REINFORCE, {"baseline": "value"}, 1),
     "reinforce, leave-one-out": (REINFORCE, {"baseline": "leave_one_out", "num_generations": 2}, 2),
     "reinforce, leave-one-out, whole return": (REINFORCE, {"baseline": "leave_one_out", "num_generations": 2, "reward_to_go": False}, 2),
+    "rloo, k = 2": (RLOO, {"num_generations": 2}, 2),
+    "rloo, k = 3": (RLOO, {"num_generations": 3}, 3),
 }
 
 
@@ -211,7 +232,13 @@ def train(run: tuple[str, int], tokens: int | None, device: str) -> FixedPoint:
         return make_agent(setup, candidate.agent_class, learning_rate=candidate.schedule, **options)
 
     return certify_fixed_point(
-        make, seed=seed, num_envs=candidate.num_envs, total_timesteps=tokens or candidate.tokens, kept=candidate.kept, device=device
+        make,
+        seed=seed,
+        num_envs=candidate.num_envs,
+        total_timesteps=tokens or candidate.tokens,
+        kept=candidate.kept,
+        target=candidate.target,
+        device=device,
     )
 
 
