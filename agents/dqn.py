@@ -64,7 +64,7 @@ class DQN(OnlineAgent):
             to the end of the completion. Soft "one_step": 1.
         tau: share of the new weights in an update of the target network, in (0, 1].
         target_update_interval: optimiser steps between those updates.
-        critic: V, as in `Critic`: "head" (default of soft), "joint" (of hard), "separate" or a `ValueModel`.
+        critic: V, as in `Critic`: "head" (default of "path"), "joint" (default else), "separate" or a `ValueModel`.
         top_k: only the reference's k most probable tokens are taken; 0 for all.
         top_p: only the reference's most probable tokens of this mass are taken; 1 for all.
         consistency: of soft: "path", or "one_step" with a target network.
@@ -142,8 +142,8 @@ class DQN(OnlineAgent):
         self.exploration_initial_eps, self.exploration_final_eps = exploration_initial_eps, exploration_final_eps
         self.soft = not (isinstance(beta, int | float) and beta == 0)
         self._check_arguments()
-        # Of hard DQN V is a part of Q, so Q's gradient goes all the way down.
-        critic = critic or ("head" if self.soft else "joint")
+        # Where Q = V + ... is regressed as one, V is a part of the network that has to fit, so its gradient goes all the way down.
+        critic = critic or ("joint" if self._has_target else "head")
         super().__init__(policy, env, learning_rate, beta=beta, reference=reference, gamma=gamma, critic=critic, **options)
         if policy.sampling.truncates:
             raise ValueError(
