@@ -91,9 +91,12 @@ def _encode_answers(tokenizer: Any, texts: list[str]) -> list[Ids]:
     SentencePiece tokenizers (Llama 2, Mistral) put a space of their own before every text. An answer that begins with one would have two,
     where the policy, going on after the prompt, writes one.
     """
-    plain, spaced = encode_plain(tokenizer, ["a", " a"])
-    own_space = spaced[1:] == plain and str(tokenizer.convert_ids_to_tokens(plain[:1])[0]).startswith("▁")
-    return encode_plain(tokenizer, [text.removeprefix(" ") if own_space else text for text in texts])
+    ids = encode_plain(tokenizer, texts)
+    begun = [place for place, text in enumerate(texts) if text.startswith(" ") and len(text) > 1]
+    for place, shorter in zip(begun, encode_plain(tokenizer, [texts[place][1:] for place in begun]), strict=True):
+        if shorter and ids[place][1:] == shorter and str(tokenizer.convert_ids_to_tokens(shorter[:1])[0]).startswith("▁"):
+            ids[place] = shorter
+    return ids
 
 
 def _ended(ids: Ids, end: Ids, eos_token_ids: Sequence[int]) -> Ids:

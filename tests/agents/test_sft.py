@@ -66,7 +66,7 @@ def test_prompts_are_read_and_not_learned(task) -> None:
     policy = task.policy()
     loss = SFT(policy, [{"prompt": "w0 w1", "completion": "w2"}], seed=0).evaluate([{"prompt": "w0 w1", "completion": "w2"}])
     logits = policy.model(torch.tensor([[0, 1, 2]], device=policy.device)).logits[0].log_softmax(-1)
-    assert loss["train/loss"] == pytest.approx(-float(logits[1, 2] + logits[2, 4]) / 2, abs=1e-5)  # w2 and EOS
+    assert loss["train/loss"] == pytest.approx(-float((logits[1, 2] + logits[2, 4]).detach()) / 2, abs=1e-5)  # w2 and EOS
 
 
 @pytest.mark.parametrize(("reduction", "factor"), [("sequence_sum", 2.5), ("token_mean", 1.0)])
