@@ -11,6 +11,7 @@ class Algorithm(StrEnum):
     PPO = "ppo"
     REINFORCE = "reinforce"
     RLOO = "rloo"
+    GRPO = "grpo"
     REBEL = "rebel"
     NLPO = "nlpo"
     DQN = "dqn"
@@ -42,6 +43,7 @@ ALGORITHMS: dict[str, Defaults] = {
     Algorithm.PPO: Defaults("PPO", 5e-4),
     Algorithm.REINFORCE: Defaults("REINFORCE", 1e-3),
     Algorithm.RLOO: Defaults("RLOO", 1e-3),
+    Algorithm.GRPO: Defaults("GRPO", 1e-3),
     Algorithm.REBEL: Defaults("REBEL", 5e-4),
     Algorithm.NLPO: Defaults("NLPO", 5e-4),
     Algorithm.DQN: Defaults("DQN", 5e-4, options={"gradient_steps": 4, "batch_size": 64, "critic_learning_rate": 2e-3}),
