@@ -21,7 +21,7 @@ from textgym.agents.common.critic import CriticSpec
 from textgym.agents.common.losses import value_loss
 from textgym.agents.common.masking import masked_mean
 from textgym.agents.common.options import AgentOptions
-from textgym.agents.common.q_values import score_states, states_of
+from textgym.agents.common.q_values import score_states, state_values, states_of
 from textgym.agents.common.reference_mask import ReferenceMask
 from textgym.agents.common.replay import SequenceReplay
 from textgym.agents.common.rollouts import RolloutCollector
@@ -263,7 +263,7 @@ class DQN(OnlineAgent):
             )
         assert self.target is not None
         with self.target.lent():
-            lagged = score_states(self.policy, self.critic, states).values
+            lagged = state_values(self.policy, self.critic, states)
         targets = n_step_returns(batch.rewards, lagged[:, :width], lengths, n_steps=1, gamma=self.gamma, **_ends(lagged, batch))
         action_values = soft_action_values(values, log_probs, batch.reference_log_probs, beta=beta)
         return value_loss(action_values, targets, batch.completion_mask, reduction="sequence_sum", count=sequences)

@@ -99,9 +99,22 @@ def score_states(
         return token_log_probs(logits, chosen), top, token_log_probs(logits.detach(), top)
 
     found = in_chunks(statistics, backbone.vocab_size, features, chosen, forced, states.kept)
-    if isinstance(critic.network, ValueModel):
-        values = critic.network.values_of(layout)
-    else:
-        values = spread(critic.from_hidden(hidden).float(), layout.mask)
+    values = _values(critic, states, hidden)
     tables = [spread(column, layout.mask) for column in found]
     return StateScores(tables[0], tables[1] if best else None, tables[2] if best else None, values)
+
+
+def state_values(policy: CausalLMPolicy, critic: Critic, states: States) -> Tensor:
+    """Returns the `values` of `score_states` alone, without a single logit; the policy is run only where the critic reads its states."""
+    hidden = None
+    if critic.reads_policy:
+        policy.backbone.without_dropout()
+        hidden = policy.backbone.features_and_hidden(states.layout.input_ids, None, None)[1][states.layout.rows, states.layout.columns]
+    return _values(critic, states, hidden)
+
+
+def _values(critic: Critic, states: States, hidden: Tensor | None) -> Tensor:
+    if isinstance(critic.network, ValueModel):
+        return critic.network.values_of(states.layout)
+    assert hidden is not None, "a head reads the policy's hidden states"
+    return spread(critic.from_hidden(hidden).float(), states.layout.mask)

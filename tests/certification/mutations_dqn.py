@@ -77,7 +77,7 @@ MUTATIONS = [
     ("hard: always one step", f"{DQN}.hard_loss", "n_steps=self.n_steps or 1", "n_steps=1", first_step("hard, two steps")),
     ("soft: path of one step", f"{DQN}.soft_loss", "n_steps=self.n_steps,", "n_steps=1,", first_step("path")),
     ("soft: the value of the online network as its own target", f"{DQN}.soft_loss",
-     "lagged = score_states(self.policy, self.critic, states).values", "lagged = scores.values.detach()", first_step("one step")),
+     "lagged = state_values(self.policy, self.critic, states)", "lagged = scores.values.detach()", first_step("one step")),
     ("exploration: ε is the chance of the best token", "textgym.agents.common.sampling:draw_epsilon_greedy",
      "uniforms < epsilon", "uniforms >= epsilon", DRAWS),
     ("exploration: outside the kept set", "textgym.agents.common.sampling:draw_epsilon_greedy",
