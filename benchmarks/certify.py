@@ -188,13 +188,20 @@ CANDIDATES = {
     ),
     "dpo-exact-labels": Candidate(dpo, {"pairs": every_pair}, **DPO_TRAINING),
     "dpo-sampled-labels": Candidate(dpo, {"pairs": sampled_pairs}, bound=SAMPLED_LABELS_BOUND, **DPO_TRAINING),
-    "rloo-2": Candidate(RLOO, {"num_generations": 2}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000),
+    "rloo-2": Candidate(RLOO, {"num_generations": 2}, {"batch_size": 512, "optimizer": quick_adam}, num_envs=1536, tokens=3_000_000),
     "rloo-4": Candidate(RLOO, {"num_generations": 4}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000),
     "rebel": Candidate(
         REBEL, {"num_generations": 2}, {"n_epochs": 2, "batch_size": 768, "optimizer": quick_adam}, num_envs=1536, tokens=3_000_000
     ),
+    # Its advantages do not die out at the fixed point: the learning rate has to.
     "grpo": Candidate(
-        GRPO, {"num_generations": GRPO_GROUP}, {"optimizer": quick_adam}, num_envs=1536, tokens=4_000_000, target=grpo_target
+        GRPO,
+        {"num_generations": GRPO_GROUP},
+        {"batch_size": 384, "optimizer": quick_adam},
+        exponent=2.0,
+        num_envs=1536,
+        tokens=5_000_000,
+        target=grpo_target,
     ),
 }
 
