@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import certify_dqn
 import numpy as np
 import torch
 
@@ -205,6 +206,8 @@ CANDIDATES = {
     ),
 }
 
+AGENTS = [*CANDIDATES, *(f"dqn-{kind}" for kind in certify_dqn.KINDS)]
+
 # Part (b): every baseline, and PPO as it is before its second step. (class, options, completions per rollout of the expected gradient)
 GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
     "ppo": (PPO, {"n_epochs": 1, "gae_lambda": 1.0}, 1),
@@ -289,13 +292,17 @@ def preset_average(agent: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     torch.set_num_threads(1)
-    runs = [(name, seed) for name in options.agents for seed in range(options.seeds)]
+    runs = [(name, seed) for name in options.agents for seed in range(options.seeds) if name in CANDIDATES]
+    dqn_runs = [(kind, seed) for kind in certify_dqn.KINDS for seed in range(options.seeds) if f"dqn-{kind}" in options.agents]
     names = list(GRADIENTS) if options.rollouts else []
     with each_in(options.jobs) as parallel:
         trained = print_fixed_points(runs, parallel(partial(train, tokens=options.tokens, device=options.device), runs))
+        of_dqn = certify_dqn.print_runs(parallel(certify_dqn.run, dqn_runs))
         gradients = print_gradients(names, parallel(partial(gradient, rollouts=options.rollouts, device=options.device), names))
-    passed = all(point.worst <= CANDIDATES[name].bound for name, point in trained) and all(
-        gradient_passes(values) for values in gradients.values()
+    passed = (
+        all(point.worst <= CANDIDATES[name].bound for name, point in trained)
+        and all(result["ok"] for result in of_dqn)
+        and all(gradient_passes(values) for values in gradients.values())
     )
     print(
         f"\n{'certified' if passed else 'NOT CERTIFIED'}: total variation within its bound, gradients within {DEVIATIONS} standard errors"
@@ -304,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = {
             "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, {options.device}, torch {torch.__version__}",
             "fixed_points": [{"agent": name, "worst": point.worst, **point._asdict()} for name, point in trained],
+            "dqn": of_dqn,
             "gradients": gradients,
             "certified": passed,
         }
@@ -363,7 +371,7 @@ def print_gradients(names: list[str], results: Iterable[dict[str, float]]) -> di
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Certify the bundled on-policy agents against exactly solved token MDPs.")
-    result.add_argument("--agents", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES), help="agents of part (a); default: all")
+    result.add_argument("--agents", nargs="*", choices=AGENTS, default=AGENTS, help="agents of part (a); default: all")
     result.add_argument("--seeds", type=int, default=5, help="seeds of part (a); default: 5")
     result.add_argument("--tokens", type=int, default=None, help="tokens of each run of part (a); default: what the agent needs")
     result.add_argument("--rollouts", type=int, default=400, help="sampled gradients of part (b), 0 leaves it out; default: 400")

@@ -2,6 +2,8 @@
 
     python benchmarks/certify_dqn.py [--seeds 0 1 2 3 4] [--kinds soft hard] [--out result.json]
 
+`certify.py` runs it too, as the agents "dqn-soft" and "dqn-hard".
+
 One setting each for all seeds, learning rates that fall to 0. Soft passes within 0.02 total variation of π* in every prompt, with V(s_0)
 within 0.005 of β log Z (two decimals). Hard passes where the greedy completion of every prompt is its best one. The exit status says
 whether all do.
@@ -11,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from textgym.agents.common.q_values import score_states, states_of
 from textgym.exact import hard_solution, hard_tree, soft_solution, total_variation
 from textgym.exact.certification import Setup, make_setup
 
+KINDS = ("soft", "hard")
 MOST_VARIATION, MOST_VALUE_ERROR = 0.02, 0.005
 ROWS = {"soft": 384, "hard": 192}
 TOKENS = {"soft": 300_000, "hard": 80_000}
@@ -88,20 +92,30 @@ def hard(seed: int) -> dict[str, Any]:
     return {"shortfall": float(shortfall.max()), "queries": setup.reward.num_queries, "seconds": seconds, "ok": bool(shortfall.max() <= 0)}
 
 
+def run(kind_and_seed: tuple[str, int]) -> dict[str, Any]:
+    """Trains and judges one kind with one seed."""
+    kind, seed = kind_and_seed
+    return {"kind": kind, "seed": seed, **{"soft": soft, "hard": hard}[kind](seed)}
+
+
+def print_runs(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints a row per run as it comes in."""
+    found = []
+    for result in results:
+        found.append(result)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in result.items() if name not in ("kind", "seed", "ok"))
+        print(f"dqn-{result['kind']}  seed {result['seed']}  {numbers}  {'ok' if result['ok'] else 'NOT OK'}", flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Certify DQN, soft and hard, against exactly solved token MDPs.")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)), help="which; default: 0 1 2 3 4")
-    parser.add_argument("--kinds", nargs="*", choices=["soft", "hard"], default=["soft", "hard"], help="default: both")
+    parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="default: both")
     parser.add_argument("--out", default=None, help="write the numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
-    for kind in options.kinds:
-        for seed in options.seeds:
-            result = {"soft": soft, "hard": hard}[kind](seed)
-            results.append({"kind": kind, "seed": seed, **result})
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in result.items() if name != "ok")
-            print(f"{kind}  seed {seed}  {numbers}  {'ok' if result['ok'] else 'NOT OK'}", flush=True)
+    results = print_runs(map(run, [(kind, seed) for kind in options.kinds for seed in options.seeds]))
     passed = all(result["ok"] for result in results)
     print("certified" if passed else "NOT CERTIFIED")
     if options.out:
