@@ -32,9 +32,10 @@ ROWS = {"soft": 384, "hard": 192}
 TOKENS = {"soft": 300_000, "hard": 80_000}
 SETTINGS: dict[str, dict[str, Any]] = {
     "soft": {
-        "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
-        "critic_learning_rate": LinearSchedule(5e-3, 0.0, 1.0),
+        "learning_rate": LinearSchedule(2e-3, 0.0, 1.0),
+        "critic": "separate",
         "batch_size": 512,
+        "learning_starts": 20_000,
     },
     "hard": {
         "learning_rate": LinearSchedule(3e-3, 0.0, 1.0),

@@ -270,7 +270,8 @@ AGENT_MUTATIONS = [
              agent("PPO, value head")),
     Mutation("environment: EOS ends nothing", "textgym.envs.core:EpisodeRows.append",
              "self.task.ends_episode[tokens]", "np.zeros(len(tokens), dtype=np.bool_)",
-             agent("PPO, value head", "expected_gradient_through_a_users_wrapper")),
+             agent("PPO, value head", "expected_gradient_through_a_users_wrapper"),
+             raises=ValueError),  # the completion that goes on is no completion of the tree
     Mutation("environment: EOS not in the reward's ids", "textgym.envs.core:EpisodeRows.batch",
              "ids[:length] for", "ids[: length - 1] for", agent("REINFORCE, no baseline"),
              raises=ValueError),  # the tree's reward knows no such completion
