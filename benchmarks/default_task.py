@@ -107,7 +107,15 @@ def best_quarter(judged: Judged) -> list[dict[str, Any]]:
 
 CANDIDATES = {
     "PPO": Candidate("PPO", 5e-4, {"n_epochs": 2, "batch_size": 32}),
-    "REINFORCE": Candidate("REINFORCE", 1e-3),
+    "REINFORCE": Candidate("REINFORCE", 5e-4),
+    "RLOO k=4": Candidate("RLOO", 5e-4),
+    "GRPO G=8": Candidate("GRPO", 5e-4),
+    "REBEL": Candidate("REBEL", 3e-4),
+    "NLPO": Candidate("NLPO", 5e-4, {"n_epochs": 2, "batch_size": 32}),
+    "soft DQN": Candidate("DQN", 5e-4, {"gradient_steps": 4, "batch_size": 64, "critic_learning_rate": 2e-3}),
+    "DPO": Candidate("DPO", 1e-4, {"beta": BETA, "batch_size": 32}, preferences),
+    "KTO": Candidate("KTO", 2e-4, {"beta": BETA, "batch_size": 32}, thumbs),
+    "SFT, best quarter": Candidate("SFT", 1e-3, {"n_epochs": 2, "batch_size": 32}, best_quarter),
 }
 
 
@@ -207,17 +215,19 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for name in names:
         own = [result for result in results if result["agent"] == name]
-        columns = {key: interval([result["points"][-1][key] for result in own]) for key in ("true_reward", "reward", "kl", "length")}
+        last = [result["points"][-1] for result in own]
+        columns = {key: interval([point[key] for point in last]) for key in ("true_reward", "reward", "kl", "length")}
+        columns["objective"] = interval([point["reward"] - BETA * point["kl"] for point in last])
         seconds = float(np.median([result["seconds"] for result in own]))
         rows.append((columns, name, seconds))
     start = results[0]["points"][0]
     lines = [
-        "| agent | true reward | proxy reward | KL, nats | tokens | seconds |",
-        "|---|---|---|---|---|---|",
-        f"| (start) | {start['true_reward']:.3f} | {start['reward']:.3f} | 0 | {start['length']:.1f} | |",
+        "| agent | true reward | proxy reward | KL, nats | J = proxy − β KL | tokens | seconds |",
+        "|---|---|---|---|---|---|---|",
+        f"| (start) | {start['true_reward']:.3f} | {start['reward']:.3f} | 0 | {start['reward']:.3f} | {start['length']:.1f} | |",
     ]
     for columns, name, seconds in sorted(rows, key=lambda row: -row[0]["true_reward"][0]):
-        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (columns["true_reward"], columns["reward"], columns["kl"])]
+        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (columns[key] for key in ("true_reward", "reward", "kl", "objective"))]
         lines.append(f"| {name} | {' | '.join(cells)} | {columns['length'][0]:.1f} | {seconds:.0f} |")
     return "\n".join(lines)
 

@@ -42,9 +42,9 @@ SFT = "sft"
 ALGORITHMS: dict[str, Defaults] = {
     Algorithm.PPO: Defaults("PPO", 5e-4),
     Algorithm.REINFORCE: Defaults("REINFORCE", 1e-3),
-    Algorithm.RLOO: Defaults("RLOO", 1e-3),
-    Algorithm.GRPO: Defaults("GRPO", 1e-3),
-    Algorithm.REBEL: Defaults("REBEL", 5e-4),
+    Algorithm.RLOO: Defaults("RLOO", 5e-4),
+    Algorithm.GRPO: Defaults("GRPO", 5e-4),
+    Algorithm.REBEL: Defaults("REBEL", 3e-4),
     Algorithm.NLPO: Defaults("NLPO", 5e-4),
     Algorithm.DQN: Defaults("DQN", 5e-4, options={"gradient_steps": 4, "batch_size": 64, "critic_learning_rate": 2e-3}),
     Algorithm.DPO: Defaults("DPO", 3e-4, beta=0.3, offline=True),

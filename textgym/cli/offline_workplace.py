@@ -1,7 +1,7 @@
 """From settings to an agent that learns from examples: `textgym sft` and `textgym train dpo|kto`."""
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 from stable_baselines3.common.utils import LinearSchedule
@@ -26,9 +26,6 @@ from textgym.cli.workplace import (
 from textgym.prompts import PromptText, read_rows
 from textgym.rewards import RewardSet
 from textgym.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 BEGINNING_WORDS = 5  # of a plain text without a prompt, to sample from
 EVALUATIONS = 20
