@@ -235,7 +235,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def plot(results: list[dict[str, Any]], path: str) -> None:
     """Draws the three figures over reward queries: the mean of the seeds, and its interval as a band."""
     names = list(dict.fromkeys(result["agent"] for result in results))
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for index, name in enumerate(names):
         own = [result["points"] for result in results if result["agent"] == name]
@@ -253,7 +253,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
         axis.set_xlabel("completions scored by the reward model")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, ncols=2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
 
 
