@@ -20,12 +20,12 @@ from textgym.agents.common.checks import check_choice, check_count, check_number
 from textgym.agents.common.critic import CriticSpec
 from textgym.agents.common.losses import value_loss
 from textgym.agents.common.masking import masked_mean
+from textgym.agents.common.model_mask import ModelMask
 from textgym.agents.common.options import AgentOptions
 from textgym.agents.common.q_values import score_states, state_values, states_of
-from textgym.agents.common.reference_mask import ReferenceMask
 from textgym.agents.common.replay import SequenceReplay
 from textgym.agents.common.rollouts import RolloutCollector
-from textgym.agents.common.sampling import Sampling
+from textgym.agents.common.sampling import Sampling, TokenRule
 from textgym.agents.common.schedules import as_schedule
 from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.online import Beta, OnlineAgent
@@ -152,7 +152,7 @@ class DQN(OnlineAgent):
         assert self.critic is not None
         action_set = Sampling(policy.sampling.temperature, top_k, top_p)
         if action_set.truncates:
-            policy.mask = ReferenceMask(self.reference, action_set)
+            policy.mask = ModelMask(self.reference, TokenRule(action_set))
         self.exploration_schedule = LinearSchedule(exploration_initial_eps, exploration_final_eps, exploration_fraction)
         self.replay = SequenceReplay(buffer_size, policy.vocab_size)
         self.target: TargetNetwork | None = None

@@ -3,20 +3,16 @@
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from textgym.agents.common.acting import ActingState
-from textgym.agents.common.cached_decoder import PolicyMask
+from textgym.agents.common.model_mask import ModelMask
 from textgym.agents.common.sampling import Sampling, TokenRule
-from textgym.agents.common.scoring import Rows, kept_along
 from textgym.agents.policy import CausalLMPolicy
 
 
-class LaggedMask:
+class LaggedMask(ModelMask):
     """The top-p set of a lagged copy of a policy, at the policy's temperature: a `TokenMask`.
 
     The copy holds parameters of its own only where the policy has trainable ones (a LoRA policy: the adapter); the rest is shared.
@@ -30,21 +26,20 @@ class LaggedMask:
 
     Attributes:
         rule: from the logits of the copy to the legal tokens.
-        lagged: the copy.
+        model: the copy.
     """
 
     def __init__(self, policy: CausalLMPolicy, top_p: float, min_tokens_to_keep: int = 1, always: Sequence[int] = ()) -> None:
-        self.rule = TokenRule(Sampling(policy.sampling.temperature, top_p=top_p), min_tokens_to_keep, always)
         # What is in the memo is not copied.
         shared = [tensor for tensor in chain(policy.parameters(), policy.buffers()) if not tensor.requires_grad]
-        self.lagged: CausalLMPolicy = copy.deepcopy(policy, {id(item): item for item in (policy.tokenizer, *shared)})
-        twins = zip(policy.model.named_parameters(), self.lagged.model.parameters(), strict=True)
+        lagged: CausalLMPolicy = copy.deepcopy(policy, {id(item): item for item in (policy.tokenizer, *shared)})
+        twins = zip(policy.model.named_parameters(), lagged.model.parameters(), strict=True)
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
             name: (source, twin) for (name, source), twin in twins if source.requires_grad
         }
-        self.lagged.requires_grad_(False)
-        self.lagged.frozen, self.lagged.mask = True, None
-        self._acting = ActingState()
+        lagged.requires_grad_(False)
+        lagged.frozen, lagged.mask = True, None
+        super().__init__(lagged, TokenRule(Sampling(policy.sampling.temperature, top_p=top_p), min_tokens_to_keep, always))
 
     def allow(self, always: Sequence[int]) -> None:
         """Exchanges the ids that are legal everywhere."""
@@ -65,15 +60,3 @@ class LaggedMask:
         """Restores what `tensors` returned."""
         for name, (_, twin) in self._pairs.items():
             twin.copy_(tensors[name])
-
-    def masker(self) -> PolicyMask:
-        """See `TokenMask`: one more cached forward pass per decode step."""
-        return PolicyMask(self.lagged.backbone, self.rule)
-
-    def at(self, observations: Mapping[str, npt.NDArray[Any]]) -> Tensor:
-        """See `TokenMask`: observations that grow by a token per call cost one cached step each."""
-        return self.rule(self._acting.observe(self.lagged.backbone, observations))
-
-    def along(self, layout: Rows) -> Tensor:
-        """See `TokenMask`: one teacher-forced pass."""
-        return kept_along(self.lagged.backbone, layout, self.rule)

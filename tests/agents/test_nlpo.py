@@ -48,7 +48,7 @@ def test_the_mask_is_refreshed_at_its_interval(task, interval: int | None) -> No
     masks, policies, ages = [], [], []
 
     def note(agent: NLPO) -> None:
-        masks.append(parameters(agent.mask.lagged))
+        masks.append(parameters(agent.mask.model))
         policies.append(parameters(agent.policy))
         ages.append(agent.mask_age)
 
@@ -90,11 +90,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(task, tmp_path: Path) -> None
     whole.learn(1000, callback=AtRollouts(save_before_the_sixth))
     resumed = NLPO.load(tmp_path, env=task.envs(), device=task.device)
     assert resumed.mask_age == 2 and resumed.num_timesteps < 1000
-    assert not torch.equal(parameters(resumed.mask.lagged), parameters(resumed.policy))
+    assert not torch.equal(parameters(resumed.mask.model), parameters(resumed.policy))
     assert (resumed.top_p, resumed.min_tokens_to_keep, resumed.mask_refresh_interval) == (0.6, 1, 3)
     resumed.learn(1000 - resumed.num_timesteps, reset_num_timesteps=False)
     assert torch.equal(parameters(resumed.policy), parameters(whole.policy))
-    assert torch.equal(parameters(resumed.mask.lagged), parameters(whole.mask.lagged))
+    assert torch.equal(parameters(resumed.mask.model), parameters(whole.mask.model))
 
 
 def test_generation_is_masked_until_the_mask_is_taken_off(task, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_copy_of_a_lora_policy_is_its_adapter(task, tmp_path: Path) -> None:
     policy = CausalLMPolicy.from_pretrained(tmp_path / "base", lora=config, device=task.device)
     agent = NLPO(policy, task.envs(), learning_rate=1e-2, seed=1, mask_refresh_interval=2, **MASK)
     own = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-    twins = zip(policy.model.named_parameters(), agent.mask.lagged.model.named_parameters(), strict=True)
+    twins = zip(policy.model.named_parameters(), agent.mask.model.model.named_parameters(), strict=True)
     for (name, parameter), (_, twin) in twins:
         assert (parameter is twin) == (name not in own)
     assert set(agent.extra_tensors()) == own and own

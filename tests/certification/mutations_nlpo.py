@@ -13,7 +13,7 @@ MUTATIONS = [
     ("NLPO: masked, not renormalised", "textgym.agents.common.scoring:_sampling_logits",
      "return logits.masked_fill(~mask, -torch.inf), mask", "return logits, mask", RATIO),
     ("NLPO: the sampler keeps the first mask", f"{MASK}.refresh", "for source, twin in self._pairs.values():\n        twin.copy_(source)",
-     "self.lagged = copy.deepcopy(self.lagged)\n    for source, twin in self._pairs.values():\n        pass", FOLLOWS),
+     "self.model = copy.deepcopy(self.model)\n    for source, twin in self._pairs.values():\n        pass", FOLLOWS),
     ("NLPO: the copy is no copy", f"{MASK}.__init__", "if not tensor.requires_grad]", "]", FOLLOWS),
     ("NLPO: sampled without the mask", "textgym.agents.policy:CausalLMPolicy.generate_ids",
      "self.mask.masker() if action_mask is None and self.mask is not None else action_mask", "action_mask",
