@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import certify_dqn
+import certify_frontier
 import numpy as np
 import torch
 
@@ -206,7 +207,8 @@ CANDIDATES = {
     ),
 }
 
-AGENTS = [*CANDIDATES, *(f"dqn-{kind}" for kind in certify_dqn.KINDS)]
+FRONTIER = "grpo-frontier"
+AGENTS = [*CANDIDATES, *(f"dqn-{kind}" for kind in certify_dqn.KINDS), FRONTIER]
 
 # Part (b): every baseline, and PPO as it is before its second step. (class, options, completions per rollout of the expected gradient)
 GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
@@ -298,10 +300,12 @@ def main(arguments: list[str] | None = None) -> int:
     with each_in(options.jobs) as parallel:
         trained = print_fixed_points(runs, parallel(partial(train, tokens=options.tokens, device=options.device), runs))
         of_dqn = certify_dqn.print_runs(parallel(certify_dqn.run, dqn_runs))
+        frontier_seeds = range(options.seeds) if FRONTIER in options.agents else []
+        of_frontier = certify_frontier.print_runs(parallel(certify_frontier.run, frontier_seeds))
         gradients = print_gradients(names, parallel(partial(gradient, rollouts=options.rollouts, device=options.device), names))
     passed = (
         all(point.worst <= CANDIDATES[name].bound for name, point in trained)
-        and all(result["ok"] for result in of_dqn)
+        and all(result["ok"] for result in [*of_dqn, *of_frontier])
         and all(gradient_passes(values) for values in gradients.values())
     )
     print(
@@ -312,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
             "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, {options.device}, torch {torch.__version__}",
             "fixed_points": [{"agent": name, "worst": point.worst, **point._asdict()} for name, point in trained],
             "dqn": of_dqn,
+            "frontier": of_frontier,
             "gradients": gradients,
             "certified": passed,
         }
