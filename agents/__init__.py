@@ -8,7 +8,9 @@ from typing import Any
 
 _HOMES = {
     "AdaptiveKLController": "textgym.kl",
+    "BestOfN": "textgym.agents.best_of_n",
     "CausalLMPolicy": "textgym.agents.policy",
+    "ComparisonReport": "textgym.agents.comparison",
     "DPO": "textgym.agents.dpo",
     "DQN": "textgym.agents.dqn",
     "Evaluation": "textgym.agents.common.evaluation",
@@ -19,11 +21,16 @@ _HOMES = {
     "REBEL": "textgym.agents.rebel",
     "REINFORCE": "textgym.agents.reinforce",
     "RLOO": "textgym.agents.rloo",
+    "RejectionSampling": "textgym.agents.rejection_sampling",
     "SFT": "textgym.agents.sft",
     "Sampling": "textgym.agents.common.sampling",
     "ValueHead": "textgym.agents.common.value_heads",
     "ValueModel": "textgym.agents.common.value_heads",
+    "WinRateEvaluation": "textgym.agents.common.win_rate_evaluation",
+    "compare_policies": "textgym.agents.comparison",
     "evaluate_policy": "textgym.agents.common.evaluation",
+    "keep_best": "textgym.agents.rejection_sampling",
+    "perplexity": "textgym.agents.common.perplexity",
 }
 
 __all__ = sorted(_HOMES)

@@ -172,3 +172,17 @@ def checked_beta(beta: Any) -> float:
             f"`AdaptiveKLController`, got {beta!r}."
         )
     return value
+
+
+def best_of_n_kl(n: int) -> float:
+    """Returns log n − (n − 1)/n, the KL in nats of best-of-n sampling to the policy that is sampled from, at most.
+
+    Equal to it where the reward is continuous, so that no two samples tie; for discrete rewards the KL is lower (Beirami et al. 2024,
+    arXiv:2401.01879, theorem 1). `textgym.exact.best_of_n` has the distribution itself.
+
+    Args:
+        n: samples of which the best is kept, at least 1.
+    """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}.")
+    return math.log(n) - (n - 1) / n

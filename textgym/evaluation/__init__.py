@@ -1,4 +1,29 @@
 """Evaluation: which of two policies writes better, what its texts look like, and whether the reward is being hacked.
 
-Numbers of numbers and texts: nothing here loads torch when imported.
+Numbers of numbers and texts: nothing here loads torch when imported. `textgym.agents.compare_policies` samples, scores and puts all of
+it into one report.
 """
+
+from textgym.evaluation.bootstrap import Estimate, bootstrap_mean
+from textgym.evaluation.over_optimisation import OverOptimisationReport, ScoredTexts, over_optimisation_report, rank_correlation
+from textgym.evaluation.text_statistics import TextStatistics, distinct_n, repetition, text_statistics
+from textgym.evaluation.win_rate import Judge, WinRate, judged_win_rate, win_rate, win_rate_from_points, win_rate_over_seeds
+
+__all__ = [
+    "Estimate",
+    "Judge",
+    "OverOptimisationReport",
+    "ScoredTexts",
+    "TextStatistics",
+    "WinRate",
+    "bootstrap_mean",
+    "distinct_n",
+    "judged_win_rate",
+    "over_optimisation_report",
+    "rank_correlation",
+    "repetition",
+    "text_statistics",
+    "win_rate",
+    "win_rate_from_points",
+    "win_rate_over_seeds",
+]

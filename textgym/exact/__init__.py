@@ -3,6 +3,7 @@
 `gradients` and `models` need torch and are imported by name: `from textgym.exact.models import tiny_lm`.
 """
 
+from textgym.exact.best_of_n import best_of_n
 from textgym.exact.groups import GroupAdvantages, grpo_fixed_point, grpo_logit_gradient, grpo_token_weights
 from textgym.exact.problems import HARD_TREE_BETA, hard_tree
 from textgym.exact.q_learning import (
@@ -46,6 +47,7 @@ __all__ = [
     "TokenTree",
     "TreeBatch",
     "TreeReward",
+    "best_of_n",
     "completion_distance",
     "completion_kl",
     "error_bound",
