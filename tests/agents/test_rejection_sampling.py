@@ -127,5 +127,5 @@ def test_wrong_arguments_are_errors(task):
         keep_best(task.policy(), prompts, task.reward, quantile=1.0)
     with pytest.raises(ValueError, match="`rounds`"):
         RejectionSampling(task.policy(), prompts, task.reward).learn(0)
-    with pytest.raises(TypeError, match="temprature"):
-        RejectionSampling(task.policy(), prompts, task.reward, temprature=1)
+    with pytest.raises(TypeError, match="warmth"):
+        RejectionSampling(task.policy(), prompts, task.reward, warmth=1)
