@@ -46,12 +46,12 @@ def test_training_beats_the_start(task, held_out):
 
 def test_against_a_column(task, held_out):
     agent = agent_of(task)
-    evaluation = WinRateEvaluation(held_out, "reference", episodes=60)
+    evaluation = WinRateEvaluation(held_out, "reference", episodes=600)
     evaluation.run(agent)
     tree = task.tree
     place = next(j for j in range(tree.num_completions) if tree.ids(j) == (0, tree.eos_token_id))
-    result = evaluate_policy(agent.policy, held_out, None, episodes=60, seed=0)
-    difference = result.rewards - np.tile(tree.rewards[:, place], 20)
+    result = evaluate_policy(agent.policy, held_out, None, episodes=600, seed=0)
+    difference = result.rewards - np.tile(tree.rewards[:, place], 200)
     equal = np.abs(difference) < 1e-6  # the same text: rewards come out of the environment as float32
     assert equal.any()
     assert (evaluation.last_win_rate.ties, evaluation.last_win_rate.wins) == (equal.sum(), (difference > 1e-6).sum())
