@@ -31,7 +31,8 @@ class DPO(OfflineAgent):
     Args:
         policy: the policy to train, in place.
         preferences: rows with `prompt`, `chosen`, `rejected`; with `prompt` and `completions`, best first (Plackett–Luce); the same as ids
-            (`prompt_ids`, `chosen_ids`, `rejected_ids` or `completion_ids`); or conversations `chosen` and `rejected` that begin alike.
+            (`prompt_ids`, `chosen_ids`, `rejected_ids` or `completion_ids`); or conversations `chosen` and `rejected` that begin alike;
+            or `Comparison`s and `Ranking`s without ties. `ranks` (1 the best) say the order of completions that are not best first.
             `preference` is P(chosen ≻ rejected) if it is known (default 1), `weight` how much a row counts. See `OfflineAgent`.
         learning_rate: a number or a schedule.
         beta: β, in reward per nat; smaller goes further from π_ref.

@@ -33,7 +33,7 @@ class KTO(OfflineAgent):
     Args:
         policy: the policy to train, in place.
         examples: rows with `prompt`, `completion`, `label` (true: desirable), or `prompt_ids`, `completion_ids`, `label`; `weight` is how
-            much a row counts. See `OfflineAgent`.
+            much a row counts; or `Label`s. See `OfflineAgent`.
         learning_rate: a number or a schedule.
         beta: β per nat; smaller goes further from π_ref.
         desirable_weight: λ_D. Of unequal numbers n_D, n_U of examples the paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3.

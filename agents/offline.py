@@ -28,6 +28,7 @@ from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.options import CommonOptions, with_common_defaults
 from textgym.agents.common.packing import check_packing, score_packed
 from textgym.agents.policy import CausalLMPolicy
+from textgym.feedback.records import Record
 
 SCORED_AT_ONCE = 32  # completions per pass of the reference, where `micro_batch_size` is not given
 
@@ -54,8 +55,8 @@ class OfflineAgent(Agent):
 
     Args:
         policy: the `CausalLMPolicy` to train, in place. It must not truncate its distribution: examples are no samples of it.
-        examples: a list of dicts, the path of a .jsonl or .jsonl.gz file, or a `datasets.Dataset`; columns as each algorithm says.
-            None where `connect` gives them later.
+        examples: a list of dicts, the path of a .jsonl or .jsonl.gz file, or a `datasets.Dataset`; columns as each algorithm says. Or
+            records of `textgym.feedback`. None where `connect` gives them later.
         learning_rate: a number or an SB3 schedule of the progress remaining, 1 at the first step.
         n_epochs: passes over the examples.
         batch_size: examples per optimiser step, at most; the steps of a pass have sizes that differ by one at most.
@@ -117,7 +118,7 @@ class OfflineAgent(Agent):
 
     @staticmethod
     @abstractmethod
-    def parse(row: Mapping[str, Any], where: str) -> Example:
+    def parse(row: Mapping[str, Any] | Record, where: str) -> Example:
         """Reads one row; what it lacks is a `ValueError` that calls it `where`."""
 
     # -- examples ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The exceptions a user may want to catch. Everything else that is wrong with an argument is a plain `ValueError`."""
 
+from typing import Any
+
 
 class RewardError(ValueError):
     """A reward function returned something unusable: the wrong count, NaN, or nothing for a row."""
@@ -11,3 +13,15 @@ class EpisodeEndedError(ValueError):
 
 class StalePolicyError(RuntimeError):
     """KL shaping was asked to score with a policy that it does not have, or with a copy that no longer follows the agent's."""
+
+
+class FeedbackError(ValueError):
+    """Rows of feedback break the rules of their form.
+
+    Attributes:
+        feedback: the `textgym.feedback.Feedback` with all that was read: the records of the good rows, and the bad rows.
+    """
+
+    def __init__(self, message: str, feedback: Any) -> None:
+        super().__init__(message)
+        self.feedback = feedback

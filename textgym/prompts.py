@@ -3,7 +3,8 @@
 import gzip
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from itertools import takewhile
 from pathlib import Path
@@ -304,7 +305,30 @@ def conversation_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages, 
     )
 
 
-def _read_json_lines(path: Path, argument: str) -> list[Any]:
+class JsonLine(NamedTuple):
+    """A line of a file of JSON lines.
+
+    Attributes:
+        number: its place, counted from 1.
+        row: what it holds; None if it cannot be read.
+        problem: why it cannot be read, in a sentence that names it; None if it can.
+    """
+
+    number: int
+    row: Any
+    problem: str | None
+
+
+def iterate_json_lines(path: Path, argument: str) -> Iterator[JsonLine]:
+    """Reads a .jsonl or .jsonl.gz file line by line; blank lines are passed over, and a line that is broken hides no other.
+
+    Args:
+        path: the file.
+        argument: what error messages call it.
+
+    Raises:
+        ValueError: the path ends otherwise, or there is no file.
+    """
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(
             f"`{argument}` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; "
@@ -312,17 +336,34 @@ def _read_json_lines(path: Path, argument: str) -> list[Any]:
         )
     if not path.is_file():
         raise ValueError(f"`{argument}` given as a path must be a file, and there is none at {str(path)!r}.")
+    number = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_line(number, line, f"`{argument}`: line {number} of {str(path)!r}")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield JsonLine(number + 1, None, f"`{argument}`: line {number + 1} of {str(path)!r} and what follows is broken gzip ({error}).")
+
+
+def _json_line(number: int, line: bytes, where: str) -> JsonLine:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return JsonLine(number, None, f"{where} is not UTF-8 ({error.reason}): {line.strip()[:80]!r}.")
+    try:
+        return JsonLine(number, json.loads(text), None)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        return JsonLine(number, None, f"{where} is not JSON ({reason}): {text.strip()[:80]!r}.")
+
+
+def _read_json_lines(path: Path, argument: str) -> list[Any]:
     rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`{argument}`: line {number} of {str(path)!r} is not JSON ({error.msg}): {line.strip()[:80]!r}."
-                ) from error
+    for line in iterate_json_lines(path, argument):
+        if line.problem is not None:
+            raise ValueError(line.problem)
+        rows.append(line.row)
     return rows
 
 

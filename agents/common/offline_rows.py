@@ -1,24 +1,38 @@
-"""What offline learners read: rows in TRL's columns, checked one by one, before anything is tokenised.
+"""What offline learners read: rows in TRL's columns or records of feedback, checked one by one, before anything is tokenised.
 
     SFT   prompt, completion | text | messages            DPO   prompt, chosen, rejected | chosen, rejected (conversations)
-    KTO   prompt, completion, label                             | prompt, completions (best first)
+    KTO   prompt, completion, label                             | prompt, completions (best first, or with ranks)
 
-Texts are strings or lists of `{role, content}` messages; instead of them `prompt_ids`, `completion_ids`, `chosen_ids` and `rejected_ids`
-hold tokens. Every row may have a `weight`, and a pair a `preference`.
+The columns of texts are those of `textgym.feedback.rows`; instead of texts `prompt_ids`, `completion_ids`, `chosen_ids` and
+`rejected_ids` hold tokens. Every row may have a `weight`, and a pair a `preference`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from textgym.prompts import Messages, PromptText, check_prompt, read_rows
+from textgym.feedback.reading import Feedback
+from textgym.feedback.records import Comparison, Label, Ranking, Record
+from textgym.feedback.rows import (
+    answer_of,
+    form_of,
+    has_columns,
+    is_record,
+    number_of,
+    parse_label,
+    row_to_record,
+    shown,
+    verdict_of,
+    wrong_columns,
+)
+from textgym.prompts import PromptText, check_prompt, read_rows
 
 Ids: TypeAlias = list[int]
 Text: TypeAlias = PromptText | Ids
 
-FORMS = "a list of dicts, the path of a .jsonl or .jsonl.gz file, or a `datasets.Dataset`"
+FORMS = "a list of dicts or of feedback records, the path of a .jsonl or .jsonl.gz file, or a `datasets.Dataset`"
 
 
 class Example(NamedTuple):
@@ -37,118 +51,114 @@ class Example(NamedTuple):
     weight: float = 1.0
 
 
-RowParser: TypeAlias = Callable[[Mapping[str, Any], str], Example]
+RowParser: TypeAlias = Callable[[Mapping[str, Any] | Record, str], Example]
 
 
 def read_examples(source: Any, argument: str, parse: RowParser) -> tuple[list[Example], str]:
     """Reads every row of `source`.
 
     Args:
-        source: see `FORMS`.
+        source: see `FORMS`; or what `read_feedback` returned.
         argument: what error messages call it.
         parse: `supervised_row`, `preference_row` or `labelled_row`.
 
     Returns:
         The rows, and how error messages name one, with `{}` for its place.
     """
-    rows = read_rows(source, argument, forms=FORMS)
+    rows = read_rows(source.records if isinstance(source, Feedback) else source, argument, forms=FORMS)
     where = f"row {{}} of {str(source)!r}" if isinstance(source, str) or hasattr(source, "__fspath__") else f"row {{}} of `{argument}`"
     where = where if where.count("{}") == 1 else f"row {{}} of `{argument}`"
     examples = []
     for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{where.format(number)} must be a dict of columns, got {_short(row)}.")
+        if not isinstance(row, Mapping) and not is_record(row):
+            raise ValueError(f"{where.format(number)} must be a dict of columns, got {shown(row)}.")
         example = parse(row, where.format(number))
-        weight = _number(row, "weight", 1.0, where.format(number), 0.0, float("inf"))
-        examples.append(example._replace(weight=weight))
+        columns = row if isinstance(row, Mapping) else {"weight": row.weight}
+        examples.append(example._replace(weight=number_of(columns, "weight", 1.0, where.format(number), 0.0, math.inf)))
     if not any(example.weight for example in examples):
         raise ValueError(f"`{argument}` must have at least one row with a `weight` above 0.")
     return examples, where
 
 
-def supervised_row(row: Mapping[str, Any], where: str) -> Example:
-    """Reads a row of SFT."""
-    if _has(row, "prompt_ids", "completion_ids"):
+def supervised_row(row: Mapping[str, Any] | Record, where: str) -> Example:
+    """Reads a row of SFT; a record is refused, because not all that stands in it is to be learned."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{where} must be a demonstration, got a {form_of(row)}; pass `textgym.feedback.to_demonstrations(records)`, the best answers."
+        )
+    if has_columns(row, "prompt_ids", "completion_ids"):
         return Example(_ids(row["prompt_ids"], where, "prompt_ids"), [_ids(row["completion_ids"], where, "completion_ids")])
-    if _has(row, "prompt", "completion"):
-        return Example(check_prompt(row["prompt"], f"the prompt of {where}"), [_answer(row["completion"], where, "completion")])
-    if _has(row, "messages"):
+    if has_columns(row, "prompt", "completion"):
+        return Example(check_prompt(row["prompt"], f"the prompt of {where}"), [answer_of(row["completion"], where, "completion")])
+    if has_columns(row, "messages"):
         messages = check_prompt(row["messages"], f"`messages` of {where}")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"`messages` of {where} must be at least two messages, the last one the assistant's, which is learned; "
-                f"got {_short(messages)}."
+                f"got {shown(messages)}."
             )
         return Example(messages[:-1], [messages[-1:]])
-    if _has(row, "text"):
+    if has_columns(row, "text"):
         if not isinstance(row["text"], str):
-            raise ValueError(f"`text` of {where} must be a string, got {_short(row['text'])}.")
+            raise ValueError(f"`text` of {where} must be a string, got {shown(row['text'])}.")
         return Example(None, [row["text"]])
-    raise _wrong_columns(row, where, "prompt and completion, or text, or messages, or prompt_ids and completion_ids")
+    raise wrong_columns(row, where, "prompt and completion, or text, or messages, or prompt_ids and completion_ids")
 
 
-def labelled_row(row: Mapping[str, Any], where: str) -> Example:
+def labelled_row(row: Mapping[str, Any] | Record, where: str) -> Example:
     """Reads a row of KTO."""
-    if "label" not in row or not (_has(row, "prompt", "completion") or _has(row, "prompt_ids", "completion_ids")):
-        raise _wrong_columns(row, where, "label, and prompt and completion (or prompt_ids and completion_ids)")
-    if not isinstance(row["label"], bool | np.bool_) and row["label"] not in (0, 1):
-        raise ValueError(f"`label` of {where} must be true (desirable) or false, got {row['label']!r}.")
-    return supervised_row(row, where)._replace(label=float(row["label"]))
+    if isinstance(row, Mapping):
+        if row.get("label") is None or not (has_columns(row, "prompt", "completion") or has_columns(row, "prompt_ids", "completion_ids")):
+            raise wrong_columns(row, where, "label, and prompt and completion (or prompt_ids and completion_ids)")
+        if has_columns(row, "prompt_ids", "completion_ids"):
+            return supervised_row(row, where)._replace(label=float(verdict_of(row["label"], where)))
+    record = parse_label(row, where) if isinstance(row, Mapping) else row
+    if not isinstance(record, Label):
+        raise ValueError(f"{where} must be a label, got a {form_of(record)}; pass `textgym.feedback.to_labels(records)`.")
+    return Example(record.prompt, [record.completion], float(record.good))
 
 
-def preference_row(row: Mapping[str, Any], where: str) -> Example:
+def preference_row(row: Mapping[str, Any] | Record, where: str) -> Example:
     """Reads a row of DPO: a pair or a ranking."""
-    example = _comparison(row, where)
-    preference = _number(row, "preference", 1.0, where, 0.0, 1.0)
-    if preference != 1.0 and len(example.completions) != 2:
-        raise ValueError(f"`preference` of {where} must stand beside two completions, got a ranking of {len(example.completions)}.")
-    return example._replace(label=preference)
+    if isinstance(row, Mapping) and has_columns(row, "prompt_ids", "chosen_ids", "rejected_ids"):
+        return _preference_ids(row, [row["chosen_ids"], row["rejected_ids"]], ("chosen_ids", "rejected_ids"), where)
+    if isinstance(row, Mapping) and has_columns(row, "prompt_ids", "completion_ids"):
+        answers = _ranked_ids(row["completion_ids"], where)
+        return _preference_ids(row, answers, ("completion_ids",) * len(answers), where)
+    record = _preference(row, where) if isinstance(row, Mapping) else row
+    if isinstance(record, Comparison):
+        return Example(record.prompt, [record.chosen, record.rejected], record.preference)
+    cure = "read them with `read_feedback` and pass `textgym.feedback.to_comparisons(records)`"
+    if not isinstance(record, Ranking):
+        raise ValueError(f"{where} must be a comparison or a ranking, got a {form_of(record)}; {cure}.")
+    if len(set(record.ranks)) < len(record.ranks):
+        raise ValueError(f"`ranks` of {where} must be different numbers, got ties in {list(record.ranks)}; {cure}, pairs without ties.")
+    best_first: list[Text] = [answer for _, answer in sorted(zip(record.ranks, record.completions, strict=True), key=lambda pair: pair[0])]
+    return Example(record.prompt, best_first, _preference_of(record.columns, len(best_first), where))
 
 
-def _comparison(row: Mapping[str, Any], where: str) -> Example:
-    if _has(row, "prompt_ids", "chosen_ids", "rejected_ids"):
-        return Example(_ids(row["prompt_ids"], where, "prompt_ids"), [_ids(row[c], where, c) for c in ("chosen_ids", "rejected_ids")])
-    if _has(row, "prompt_ids", "completion_ids"):
-        ranking = _ranking(row["completion_ids"], where, "completion_ids")
-        return Example(_ids(row["prompt_ids"], where, "prompt_ids"), [_ids(one, where, "completion_ids") for one in ranking])
-    if _has(row, "prompt", "chosen", "rejected"):
-        answers: list[Text] = [_answer(row[column], where, column) for column in ("chosen", "rejected")]
-        return Example(check_prompt(row["prompt"], f"the prompt of {where}"), answers)
-    if _has(row, "prompt", "completions"):
-        answers = [_answer(one, where, "completions") for one in _ranking(row["completions"], where, "completions")]
-        return Example(check_prompt(row["prompt"], f"the prompt of {where}"), answers)
-    if _has(row, "chosen", "rejected"):
-        return _implicit_prompt(row["chosen"], row["rejected"], where)
-    raise _wrong_columns(row, where, "prompt, chosen and rejected, or prompt and completions (or the same as prompt_ids, chosen_ids, ...)")
+def _preference(row: Mapping[str, Any], where: str) -> Record:
+    if not has_columns(row, "chosen", "rejected") and not has_columns(row, "prompt", "completions"):
+        wanted = "prompt, chosen and rejected, or prompt and completions (or the same as prompt_ids, chosen_ids, ...)"
+        raise wrong_columns(row, where, wanted)
+    return row_to_record(row, where)
 
 
-def _implicit_prompt(chosen: Any, rejected: Any, where: str) -> Example:
-    """TRL's form without a prompt column: what two conversations have in common is the prompt."""
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError(f"{where} has texts without a prompt: put what `chosen` and `rejected` begin with into a column `prompt`.")
-    first, second = (check_prompt(one, f"`{name}` of {where}") for one, name in ((chosen, "chosen"), (rejected, "rejected")))
-    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
-    if not common:
-        raise ValueError(f"`chosen` and `rejected` of {where} must begin with the same message, their prompt.")
-    return Example(
-        list(first[:common]),  # type: ignore[arg-type]
-        [_answer(first[common:], where, "chosen"), _answer(second[common:], where, "rejected")],
-    )
+def _preference_ids(row: Mapping[str, Any], answers: list[Any], columns: Sequence[str], where: str) -> Example:
+    ids: list[Text] = [_ids(one, where, column) for one, column in zip(answers, columns, strict=True)]
+    return Example(_ids(row["prompt_ids"], where, "prompt_ids"), ids, _preference_of(row, len(ids), where))
 
 
-def _answer(answer: Any, where: str, column: str) -> Text:
-    """Returns a completion if it is a string or one assistant message."""
-    if isinstance(answer, str):
-        return answer
-    messages: Messages = check_prompt(answer, f"`{column}` of {where}")  # type: ignore[assignment]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise ValueError(f"`{column}` of {where} must be a string or one assistant message, got {_short(messages)}.")
-    return messages
+def _preference_of(columns: Mapping[str, Any], count: int, where: str) -> float:
+    preference = number_of(columns, "preference", 1.0, where, 0.0, 1.0)
+    if preference != 1.0 and count != 2:
+        raise ValueError(f"`preference` of {where} must stand beside two completions, got a ranking of {count}.")
+    return preference
 
 
-def _ranking(answers: Any, where: str, column: str) -> list[Any]:
+def _ranked_ids(answers: Any, where: str) -> list[Any]:
     if isinstance(answers, str) or not isinstance(answers, Sequence | np.ndarray) or len(answers) < 2:
-        raise ValueError(f"`{column}` of {where} must be a list of at least two completions, best first, got {_short(answers)}.")
+        raise ValueError(f"`completion_ids` of {where} must be a list of at least two completions, best first, got {shown(answers)}.")
     return list(answers)
 
 
@@ -158,25 +168,5 @@ def _ids(ids: Any, where: str, column: str) -> Ids:
     except (TypeError, ValueError):
         found = []
     if not found or len(found) != len(ids):
-        raise ValueError(f"`{column}` of {where} must be a list of at least one token id, got {_short(ids)}.")
+        raise ValueError(f"`{column}` of {where} must be a list of at least one token id, got {shown(ids)}.")
     return found
-
-
-def _number(row: Mapping[str, Any], column: str, default: float, where: str, low: float, high: float) -> float:
-    value = row.get(column, default)
-    if isinstance(value, bool | str) or value is None or not (low <= value <= high and value < float("inf")):
-        raise ValueError(f"`{column}` of {where} must be a finite number from {low:g} to {high:g}, got {value!r}.")
-    return float(value)
-
-
-def _has(row: Mapping[str, Any], *columns: str) -> bool:
-    return all(row.get(column) is not None for column in columns)
-
-
-def _wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> ValueError:
-    return ValueError(f"{where} must have the columns {wanted}, got {list(row)}; rename those that hold them.")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

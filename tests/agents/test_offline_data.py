@@ -12,6 +12,7 @@ import torch
 from textgym.agents.common.offline_batches import ExampleSet
 from textgym.agents.common.offline_rows import Example, labelled_row, preference_row, read_examples, supervised_row
 from textgym.agents.common.offline_tokens import TokenisedExample, tokenise
+from textgym.feedback import Comparison, Label, Ranking, read_feedback, to_demonstrations, write_feedback
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -111,6 +112,28 @@ def test_preferences_labels_and_weights() -> None:
     assert [example.label for example in examples] == [1.0, 0.0]
 
 
+def test_records_of_feedback_are_rows(tmp_path: Path) -> None:
+    pair, label = Comparison([USER], [ANSWER], [BAD], 0.25, weight=2.0), Label("a", "b", False, weight=3.0)
+    ranking = Ranking("a", ("x", "y", "z"), (2, 3, 1))
+    wanted = [Example([USER], [[ANSWER], [BAD]], 0.25, 2.0), Example("a", ["z", "x", "y"], 1.0, 1.0)]
+    assert read_examples([pair, ranking], "preferences", preference_row)[0] == wanted
+    write_feedback(tmp_path / "a.jsonl", [pair, ranking])
+    for source in (tmp_path / "a.jsonl", read_feedback(tmp_path / "a.jsonl")):
+        assert read_examples(source, "preferences", preference_row)[0] == wanted
+    assert read_examples([label], "examples", labelled_row)[0] == [Example("a", ["b"], 0.0, 3.0)]
+    rows = to_demonstrations([pair, ranking, label])
+    assert read_examples(rows, "examples", supervised_row)[0] == [Example([USER], [[BAD]], 1.0, 2.0), Example("a", ["z"], 1.0, 1.0)]
+
+
+def test_ranks_and_signs_are_read(ids) -> None:
+    ranked = {"prompt": "a", "completions": ["x", "y", "z"], "rank": [3, 1, 2]}
+    assert read_examples([ranked], "preferences", preference_row)[0] == [Example("a", ["y", "z", "x"], 1.0, 1.0)]
+    two = {"prompt": "a", "completions": ["x", "y"], "ranks": [2, 1], "preference": 0.75}
+    assert read_examples([two], "preferences", preference_row)[0] == [Example("a", ["y", "x"], 0.75, 1.0)]
+    signs = [{"prompt": "a", "completion": "b", "label": label} for label in (1, -1)]
+    assert [example.label for example in read_examples(signs, "examples", labelled_row)[0]] == [1.0, 0.0]
+
+
 def test_sources(ids, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -149,6 +172,15 @@ def test_sources(ids, tmp_path: Path) -> None:
         (preference_row, [{"prompt": "a", "completions": ["b"]}], "at least two completions"),
         (preference_row, [{"prompt": "a", "completions": ["b", "c", "d"], "preference": 0.5}], "a ranking of 3"),
         (preference_row, [{"prompt": "a", "chosen": "b", "rejected": "c", "preference": 1.5}], "`preference` of row 0"),
+        (preference_row, [{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}], r"ties in \[1, 1\].*to_comparisons"),
+        (
+            preference_row,
+            [{"prompt": "a", "completions": ["b", "c"], "rank": None, "comparisons": [{"i": 0, "j": 1, "z": 1}]}],
+            "must be a comparison or a ranking, got a judgements.*to_comparisons",
+        ),
+        (preference_row, [Label("a", "b", True)], "row 0 of `examples` must be a comparison or a ranking, got a label"),
+        (labelled_row, [Comparison("a", "b", "c")], "row 0 of `examples` must be a label, got a comparison.*to_labels"),
+        (supervised_row, [Label("a", "b", True)], "row 0 of `examples` must be a demonstration, got a label.*to_demonstrations"),
         (labelled_row, [{"prompt": "a", "completion": "b"}], "must have the columns label"),
         (labelled_row, [{"prompt": "a", "completion": "b", "label": "good"}], "`label` of row 0"),
     ],

@@ -3,6 +3,32 @@
 Nothing here loads torch when imported.
 """
 
+from textgym.feedback.annotator import SyntheticAnnotator, sample_segment_pairs
+from textgym.feedback.converting import (
+    comparison_to_labels,
+    judgements_to_comparisons,
+    judgements_to_ranking,
+    labels_to_comparisons,
+    marking_to_label,
+    marking_to_segment_labels,
+    ranking_to_comparisons,
+    ranking_to_judgements,
+    to_comparisons,
+    to_demonstrations,
+    to_labels,
+)
+from textgym.feedback.judging import (
+    CommentJudge,
+    PairJudge,
+    TextJudge,
+    comments_to_records,
+    judge_pairs,
+    judge_rankings,
+    judge_texts,
+    reward_judge,
+    swapped,
+)
+from textgym.feedback.reading import BadRow, Feedback, read_feedback
 from textgym.feedback.records import (
     Comment,
     Comparison,
@@ -16,17 +42,46 @@ from textgym.feedback.records import (
     SegmentPair,
     Span,
 )
+from textgym.feedback.rows import record_to_row
+from textgym.feedback.writing import write_feedback
 
 __all__ = [
+    "BadRow",
     "Comment",
+    "CommentJudge",
     "Comparison",
+    "Feedback",
     "Judgement",
     "Judgements",
     "Label",
     "Marking",
+    "PairJudge",
     "Ranking",
     "Record",
     "Segment",
     "SegmentPair",
     "Span",
+    "SyntheticAnnotator",
+    "TextJudge",
+    "comments_to_records",
+    "comparison_to_labels",
+    "judge_pairs",
+    "judge_rankings",
+    "judge_texts",
+    "judgements_to_comparisons",
+    "judgements_to_ranking",
+    "labels_to_comparisons",
+    "marking_to_label",
+    "marking_to_segment_labels",
+    "ranking_to_comparisons",
+    "ranking_to_judgements",
+    "read_feedback",
+    "record_to_row",
+    "reward_judge",
+    "sample_segment_pairs",
+    "swapped",
+    "to_comparisons",
+    "to_demonstrations",
+    "to_labels",
+    "write_feedback",
 ]

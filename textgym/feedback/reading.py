@@ -1,0 +1,188 @@
+"""Feedback from files, lists and data sets: every row checked, every bad one named with its line, the good ones kept."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from textgym.errors import FeedbackError
+from textgym.feedback.records import Record
+from textgym.feedback.rows import FORMS, form_of, has_columns, is_record, row_to_record, shown
+from textgym.prompts import iterate_json_lines, read_rows
+
+SOURCES = "a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, or a `datasets.Dataset`"
+_SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be read.
+
+    Attributes:
+        file: the file; None for a row of a list or of a data set.
+        line: of a file its line, counted from 1; else the row, counted from 0.
+        reason: the row, the rule that it breaks, what stood there, and the cure, in a sentence.
+    """
+
+    file: str | None
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What was read.
+
+    Attributes:
+        records: the good rows, in order.
+        bad_rows: the others.
+    """
+
+    records: list[Record]
+    bad_rows: list[BadRow]
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A row as it stands in its source; `problem` says why there is none."""
+
+    file: str | None
+    line: int
+    row: Any
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"row {self.line} of `feedback`" if self.file is None else f"line {self.line} of {self.file!r}"
+
+
+def read_feedback(
+    source: Any,
+    form: str | None = None,
+    *,
+    on_bad_row: Literal["raise", "keep_good"] = "raise",
+    rename: Mapping[str, str] | None = None,
+    positive: str | int | Collection[Any] | None = None,
+) -> Feedback:
+    """Reads feedback in any of its forms; `textgym.feedback.rows` lists their columns.
+
+    Args:
+        source: a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, a `datasets.Dataset`, or a
+            `Feedback`. Blank lines are passed over.
+        form: what all rows are, one of "comparison", "ranking", "judgements", "label", "segment_pair", "marking", "comment"; None
+            recognises it row by row from the columns.
+        on_bad_row: "raise" an error that names the bad rows once all are read, or "keep_good" rows and list the others in `bad_rows`.
+        rename: columns that are called otherwise, `{their name: our name}`; the rows that have them get ours.
+        positive: where `label` is the name of a class, the one (or a collection of those) that means good; every other means bad.
+
+    Returns:
+        The records and the bad rows.
+
+    Raises:
+        FeedbackError: there are bad rows (with "keep_good": only bad rows); its `feedback` holds all that was read.
+        ValueError: an argument breaks one of the rules above, or the source holds nothing.
+    """
+    _check_arguments(form, on_bad_row)
+    places = _with_names(list(_places(source)), dict(rename or {}))
+    good = _positive_classes(places, positive)
+    records: list[Record] = []
+    bad_rows: list[BadRow] = []
+    for place in places:
+        try:
+            records.append(_record(place, form, good))
+        except ValueError as error:
+            bad_rows.append(BadRow(place.file, place.line, str(error)))
+    feedback = Feedback(records, bad_rows)
+    if bad_rows and (on_bad_row == "raise" or not records):
+        raise FeedbackError(_message(feedback), feedback)
+    return feedback
+
+
+def _record(place: _Place, form: str | None, positive: Collection[Any] | None) -> Record:
+    if place.problem is not None:
+        raise ValueError(place.problem)
+    if is_record(place.row):
+        record: Record = place.row
+        if form is not None and form_of(record) != form:
+            raise ValueError(f"{place.name} must be a {form}, as `form` says, got a {form_of(record)}; convert it.")
+        return record
+    if not isinstance(place.row, Mapping):
+        raise ValueError(f"{place.name} must be a record or a dict of columns, got {shown(place.row)}.")
+    return row_to_record(place.row, place.name, form, positive)
+
+
+def _places(source: Any) -> Iterator[_Place]:
+    if isinstance(source, Feedback):
+        source = source.records
+    paths = [source] if isinstance(source, str | PathLike) else source
+    if isinstance(paths, Sequence) and paths and all(isinstance(one, str | PathLike) for one in paths):
+        found = False
+        for path in map(Path, paths):
+            for line in iterate_json_lines(path, "feedback"):
+                found = True
+                yield _Place(str(path), line.number, line.row, line.problem)
+        if not found:
+            raise ValueError(f"`feedback` must hold at least one row, got none in {', '.join(map(repr, map(str, paths)))}.")
+    else:
+        yield from (_Place(None, number, row) for number, row in enumerate(read_rows(source, "feedback", forms=SOURCES)))
+
+
+def _with_names(places: list[_Place], rename: dict[str, str]) -> list[_Place]:
+    """Gives columns their new names; a row in which that name is taken becomes a bad one."""
+    rows = [place.row for place in places if isinstance(place.row, Mapping)]
+    for name in rename:
+        if not any(name in row for row in rows):
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            raise ValueError(f"`rename` must name columns of the rows, got {name!r}, which none has; they have {columns}.")
+    return [_renamed(place, rename) if isinstance(place.row, Mapping) else place for place in places]
+
+
+def _renamed(place: _Place, rename: dict[str, str]) -> _Place:
+    kept = {name: value for name, value in place.row.items() if name not in rename}
+    new = {rename[name]: value for name, value in place.row.items() if name in rename}
+    taken = [name for name in new if has_columns(kept, name)]
+    problem = f"{place.name} has a column {taken[0]!r} already; rename that one too." if taken else place.problem
+    return _Place(place.file, place.line, {**kept, **new}, problem)
+
+
+def _positive_classes(places: list[_Place], positive: str | int | Collection[Any] | None) -> Collection[Any] | None:
+    """Returns the labels that mean good, after checking that they, and one way of writing labels, occur."""
+    labels = [place.row["label"] for place in places if isinstance(place.row, Mapping) and has_columns(place.row, "label")]
+    if positive is None:
+        if -1 in labels and any(label == 0 and not isinstance(label, bool) for label in labels):
+            raise ValueError(
+                "`label` must be 1 or 0, or 1 or -1, but these rows have both 0 and -1: 0 may mean neither. Pass `positive=1` to take all "
+                "others as bad, or leave out the rows with 0."
+            )
+        return None
+    wanted = [positive] if isinstance(positive, str | int) else list(positive)
+    for one in wanted:
+        if one not in labels:
+            found = list(dict.fromkeys(map(repr, labels)))[:20]
+            raise ValueError(f"`positive` must be among the labels of the rows, got {one!r}; the labels are {', '.join(found) or 'none'}.")
+    return wanted
+
+
+def _check_arguments(form: str | None, on_bad_row: str) -> None:
+    if form is not None and form not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(map(repr, FORMS))}, or None to recognise it, got {form!r}.")
+    if on_bad_row not in ("raise", "keep_good"):
+        raise ValueError(f"`on_bad_row` must be 'raise' or 'keep_good', got {on_bad_row!r}.")
+
+
+def _message(feedback: Feedback) -> str:
+    bad = feedback.bad_rows
+    first = "\n".join(f"  {row.reason}" for row in bad[:_SHOWN_ROWS])
+    more = f"\n  and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
+    cure = (
+        "Mend them, or pass `on_bad_row='keep_good'` to leave them out." if feedback.records else "None is left; see `rename=` and `form=`."
+    )
+    return f"`feedback` must have good rows only, got {len(bad)} bad of {len(bad) + len(feedback.records)}:\n{first}{more}\n{cure}"
