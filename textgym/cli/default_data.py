@@ -1,14 +1,11 @@
 """What offline learners train on when they are given no file: made from what ships, with the run's seed."""
 
-import math
 import random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from textgym.bundled import bundled_prompts
 from textgym.bundled.grammar import sample_review, to_text
-from textgym.rewards.resolve import resolve_reward
+from textgym.feedback import SyntheticAnnotator
 
 if TYPE_CHECKING:
     from textgym.agents import CausalLMPolicy
@@ -41,38 +38,42 @@ def demonstrations(seed: int) -> list[Row]:
 
 def preferences(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Row]:
     """Returns pairs of the policy's own completions of the bundled prompts, labelled by Bradley–Terry with the bundled reward."""
-    rows, labels = _scored(policy, seed, max_new_tokens), np.random.default_rng([seed, 1])
+    rows = _sampled(policy, seed, max_new_tokens)
+    first, second = rows[::2], rows[1::2]
+    texts = [[row["completion"] for row in half] for half in (first, second)]
+    won = _annotator(seed).outcomes([row["prompt"] for row in first], *texts)
     pairs = []
-    for (first, reward), (second, other) in zip(rows[::2], rows[1::2], strict=True):
-        wins = labels.random() < _sigmoid(reward - other)
-        chosen, rejected = (first, second) if wins else (second, first)
+    for one, other, outcome in zip(first, second, won, strict=True):
+        chosen, rejected = (one, other) if outcome else (other, one)
         pairs.append({**_ids(chosen, "chosen_ids"), "rejected_ids": rejected["completion_ids"]})
     return pairs
 
 
 def labelled(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Row]:
     """Returns the policy's own completions of the bundled prompts, desirable with probability σ(reward): the reward's mean on them is 0."""
-    labels = np.random.default_rng([seed, 1])
-    return [
-        {**_ids(row, "completion_ids"), "label": bool(labels.random() < _sigmoid(reward))}
-        for row, reward in _scored(policy, seed, max_new_tokens)
-    ]
+    rows = _sampled(policy, seed, max_new_tokens)
+    labels = _annotator(seed).label([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    return [{**_ids(row, "completion_ids"), "label": label.good} for row, label in zip(rows, labels, strict=True)]
 
 
-def _scored(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[tuple[Row, float]]:
-    """Samples completions, neighbours of the same prompt, and scores them."""
+def _annotator(seed: int) -> SyntheticAnnotator:
+    return SyntheticAnnotator(REWARD, seed=[seed, 1])
+
+
+def _sampled(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Row]:
+    """Samples completions, neighbours of the same prompt."""
     prompts = [row["prompt"] for row in bundled_prompts("train")]
-    reward = resolve_reward(REWARD)[1]
-    found: list[tuple[Row, float]] = []
+    encoded = dict(zip(prompts, _prompt_ids(policy, prompts), strict=True))
+    found: list[Row] = []
     for place, start in enumerate(range(0, len(prompts), 50)):
         part = prompts[start : start + 50]
         sampled = policy.generate(part, max_new_tokens=max_new_tokens, num_generations=COMPLETIONS_PER_PROMPT, seed=seed * 1000 + place)
         texts = [prompt for prompt in part for _ in range(COMPLETIONS_PER_PROMPT)]
-        ids = sampled.completion_ids
-        scores = reward(prompts=texts, completions=sampled.texts)
-        found += [({"prompt": text, "completion_ids": one}, score) for text, one, score in zip(texts, ids, scores, strict=True)]
-    encoded = {text: ids for text, ids in zip(prompts, _prompt_ids(policy, prompts), strict=True)}
-    return [({**row, "prompt_ids": encoded[row["prompt"]]}, score) for row, score in found]
+        found += [
+            {"prompt": text, "prompt_ids": encoded[text], "completion": completion, "completion_ids": ids}
+            for text, completion, ids in zip(texts, sampled.texts, sampled.completion_ids, strict=True)
+        ]
+    return found
 
 
 def _prompt_ids(policy: "CausalLMPolicy", prompts: list[str]) -> list[list[int]]:
@@ -82,7 +83,3 @@ def _prompt_ids(policy: "CausalLMPolicy", prompts: list[str]) -> list[list[int]]
 
 def _ids(row: Row, column: str) -> Row:
     return {"prompt_ids": row["prompt_ids"], column: row["completion_ids"]}
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value))
