@@ -1,6 +1,6 @@
 """One policy against another, or against given texts: win rate, rewards, KL, and what the texts look like, in one report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,8 +32,8 @@ class SideReport:
     Attributes:
         name: of the side.
         rewards: mean of each reward that was given, "reward" and "true_reward", with its interval over prompts.
-        kl_per_sequence: KL to the reference, nats per completion; None for given texts and without a reference. Of best-of-n it is an
-            upper bound: the KL bound plus the log-ratio of the policy that is sampled from.
+        kl_per_sequence: KL to the reference, nats per completion; None for given texts and without a reference.
+        kl_is_bound: it is an upper bound, as of best-of-n: the KL bound plus the log-ratio of the policy that is sampled from.
         perplexity: of the texts under the reference; None without one.
         texts: length, diversity, repetition.
         reward_queries: rewards that making the texts took; 0 for a policy.
@@ -42,6 +42,7 @@ class SideReport:
     name: str
     rewards: dict[str, Estimate]
     kl_per_sequence: Estimate | None
+    kl_is_bound: bool
     perplexity: Perplexity | None
     texts: TextStatistics
     reward_queries: int
@@ -52,6 +53,7 @@ class SideReport:
             "name": self.name,
             "rewards": {name: estimate.to_dict() for name, estimate in self.rewards.items()},
             "kl_per_sequence": None if self.kl_per_sequence is None else self.kl_per_sequence.to_dict(),
+            "kl_is_bound": self.kl_is_bound,
             "perplexity": None if self.perplexity is None else self.perplexity.to_dict(),
             "texts": self.texts.to_dict(),
             "reward_queries": self.reward_queries,
@@ -90,10 +92,14 @@ class ComparisonReport:
         rows = [[label, *(cell(side) for side in self.sides)] for label, cell in _ROWS.items()]
         return [row for row in rows if any(row[1:])]
 
+    def win_rate_lines(self) -> list[str]:
+        """Returns the win rates in words."""
+        return [f"{self.sides[0].name} against {self.sides[1].name} by {_LABELS[name]}: {rate}" for name, rate in self.win_rates.items()]
+
     def to_markdown(self) -> str:
         """Returns the report as text: the table, the win rates and, where there is one, the reward-hacking report."""
         parts = [markdown_table(["", *(side.name for side in self.sides)], self.table())]
-        parts += [f"{self.sides[0].name} against {self.sides[1].name} by {_LABELS[name]}: {rate}" for name, rate in self.win_rates.items()]
+        parts += self.win_rate_lines()
         if self.over_optimisation is not None:
             parts += [
                 f"From {self.sides[1].name} to {self.sides[0].name}: is the reward being hacked?",
@@ -119,6 +125,7 @@ def compare_policies(
     batch_size: int = 64,
     confidence: float = 0.95,
     names: Sequence[str] = ("A", "B"),
+    on_batch: Callable[[int], None] | None = None,
 ) -> ComparisonReport:
     """Samples completions of held-out prompts and measures them, beside those of another policy or given texts.
 
@@ -137,6 +144,7 @@ def compare_policies(
         batch_size: prompts completed at once.
         confidence: of the intervals, in (0, 1).
         names: what the sides are called.
+        on_batch: called with the number of prompts that were completed, batch by batch and side by side; for a progress bar.
 
     Raises:
         ValueError: an argument breaks one of the rules above.
@@ -144,7 +152,7 @@ def compare_policies(
     check_count("batch_size", batch_size, "prompts")
     rows = PromptRows.read(prompts)
     rewards = {name: RewardSet.build(one) for name, one in ((REWARD, reward), (TRUE_REWARD, true_reward)) if one is not None}
-    options = _Options(reference, max_new_tokens, num_generations, seed, batch_size)
+    options = _Options(reference, max_new_tokens, num_generations, seed, batch_size, on_batch)
     given = [_given(_base(policy), rows, against)] if isinstance(against, str) else []  # first: sampling takes longer than a wrong name
     samplers = [policy] if against is None or isinstance(against, str) else [policy, against]
     sides = [*(_sampled(one, rows, options) for one in samplers), *given]
@@ -177,6 +185,7 @@ class _Options:
     num_generations: int
     seed: int
     batch_size: int
+    on_batch: Callable[[int], None] | None
 
 
 @dataclass(eq=False)
@@ -190,6 +199,7 @@ class _Side:
         policy: whose tokens they are.
         kl: (N,) Σ_t log π − log π_ref, nats; None where it was not measured.
         sampled: a policy wrote them.
+        kl_is_bound: see `SideReport`.
         reward_queries: rewards that it took.
         scores: (N,) by reward.
     """
@@ -200,6 +210,7 @@ class _Side:
     policy: CausalLMPolicy
     kl: Float64Array | None
     sampled: bool
+    kl_is_bound: bool = False
     reward_queries: int = 0
     scores: dict[str, Float64Array] = field(default_factory=dict)
 
@@ -221,6 +232,7 @@ class _Side:
             name=name,
             rewards=means,
             kl_per_sequence=None if self.kl is None else estimate(self.per_prompt(self.kl).mean(axis=1)),
+            kl_is_bound=self.kl_is_bound,
             perplexity=None if reference is None else perplexity(reference, self.prompts.texts, self._ids_of(reference)),
             texts=text_statistics(self.texts, self.ids, self.policy.eos_token_ids),
             reward_queries=self.reward_queries,
@@ -244,9 +256,19 @@ def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:
         ids += generation.completion_ids
         if options.reference is not None and same_tokens(policy, options.reference):
             kls.append(_log_ratios(policy, options.reference, generation) + (sampler.kl_bound if isinstance(sampler, BestOfN) else 0.0))
+        if options.on_batch is not None:
+            options.on_batch(len(batch))
     owners = [prompt for prompt in range(len(rows)) for _ in range(options.num_generations)]
-    kl = np.concatenate(kls) if kls else None
-    return _Side(rows.select(owners), len(rows), ids, policy, kl, True, getattr(sampler, "reward_queries", 0) - queries)
+    return _Side(
+        prompts=rows.select(owners),
+        num_prompts=len(rows),
+        ids=ids,
+        policy=policy,
+        kl=np.concatenate(kls) if kls else None,
+        sampled=True,
+        kl_is_bound=isinstance(sampler, BestOfN),
+        reward_queries=getattr(sampler, "reward_queries", 0) - queries,
+    )
 
 
 def _given(policy: CausalLMPolicy, rows: PromptRows, column: str) -> _Side:
@@ -323,11 +345,17 @@ def _samples(sides: Sequence[_Side], names: Sequence[str]) -> list[dict[str, Any
     return samples
 
 
+def _kl(side: SideReport) -> str:
+    if side.kl_per_sequence is None:
+        return ""
+    return f"at most {side.kl_per_sequence.mean:.3f}" if side.kl_is_bound else str(side.kl_per_sequence)
+
+
 _LABELS = {TRUE_REWARD: "true reward", REWARD: "reward", JUDGE: "judge"}
 _ROWS: dict[str, Any] = {
     "reward": lambda side: str(side.rewards.get(REWARD, "")),
     "true reward": lambda side: str(side.rewards.get(TRUE_REWARD, "")),
-    "KL to the reference, nats per completion": lambda side: "" if side.kl_per_sequence is None else str(side.kl_per_sequence),
+    "KL to the reference, nats per completion": _kl,
     "perplexity under the reference": lambda side: "" if side.perplexity is None else f"{side.perplexity.perplexity:.2f}",
     "nats per token under the reference": lambda side: "" if side.perplexity is None else f"{side.perplexity.nats_per_token:.3f}",
     "tokens per completion": lambda side: f"{side.texts.tokens:.1f}",

@@ -54,6 +54,9 @@ def test_the_kl_of_a_policy_to_itself_is_zero_and_of_its_best_of_n_the_bound(tas
     )
     assert report.sides[0].kl_per_sequence.mean == pytest.approx(best_of_n_kl(4), abs=1e-5)
     assert report.sides[1].kl_per_sequence.mean == pytest.approx(0.0, abs=1e-5)
+    assert (report.sides[0].kl_is_bound, report.sides[1].kl_is_bound) == (True, False)
+    row = next(row for row in report.table() if row[0].startswith("KL"))
+    assert row[1:] == ["at most 0.636", "0.000 [0.000, 0.000]"]
     assert (report.sides[0].reward_queries, report.sides[1].reward_queries) == (120, 0)
     assert report.win_rates["reward"].low > 0.5
 

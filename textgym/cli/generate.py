@@ -73,10 +73,8 @@ def _model(given: str | None) -> tuple[str, bool]:
     """Returns the folder or id of the model, and whether it was made from the bundled one."""
     if given is None:
         return str(bundled_model_path()), True
-    run = RunFolder(Path(given))
-    if not run.config.is_file() or (run.path / "model.safetensors").exists() or not run.model.is_dir():
-        return given, False
-    return str(run.model), run.settings().model is None
+    run = RunFolder.of_model(given)
+    return (given, False) if run is None else (str(run.model), run.settings().model is None)
 
 
 def _prompts(arguments: Sequence[str], file: Path | None, knows_bundled: bool) -> list[PromptText]:

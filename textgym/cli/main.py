@@ -8,6 +8,8 @@ import typer
 
 from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates, set_by_default
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
+from textgym.cli.evaluate import evaluate
+from textgym.cli.plot import plot
 from textgym.cli.settings import TrainSettings, option, parse_options
 
 app = typer.Typer(
@@ -299,6 +301,10 @@ def generate(
 
         settings = command.GenerateSettings(model, num_generations, max_new_tokens, temperature, top_k, top_p, seed, device, json)
         command.generate(settings, prompt or [], prompts)
+
+
+app.command()(evaluate)
+app.command()(plot)
 
 
 def main(arguments: list[str] | None = None) -> None:

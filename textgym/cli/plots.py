@@ -1,7 +1,9 @@
 """Learning curves as a PNG."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from textgym.cli.run_folder import TIMESTEPS
 
@@ -25,6 +27,10 @@ PANELS = (
 )
 
 
+KL = "eval/kl_per_sequence"
+REWARDS = ("eval/reward_mean", "eval/true_reward_mean")
+
+
 def series(rows: Rows, metric: str | None) -> tuple[list[float], list[float]]:
     """Returns timesteps and values of a metric, where it was logged."""
     points = [(row[TIMESTEPS], row[metric]) for row in rows if metric in row] if metric else []
@@ -39,15 +45,10 @@ def plot_curves(rows: Rows, path: Path, title: str) -> None:
         path: the PNG to write.
         title: over all panels.
     """
-    # The object interface with its own canvas: `pyplot` would choose a backend, keep figures, and need a display on some systems.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in PANELS if series(rows, panel.training)[0] or series(rows, panel.held_out)[0]]
     if not panels:
         return  # stopped before the first iteration
-    figure = Figure(figsize=(5.0 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(len(panels))
     figure.suptitle(title)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         if panel.training is not None:
@@ -58,3 +59,55 @@ def plot_curves(rows: Rows, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def over_root_kl(rows: Rows, metric: str) -> tuple[list[float], list[float]]:
+    """Returns √KL and a held-out metric, where both were measured, in the order of training.
+
+    Rewards are close to straight lines in √KL while a policy begins to move (Gao, Schulman & Hilton 2022), and runs of any length and
+    learning rate can be laid over each other.
+    """
+    points = [(math.sqrt(max(row[KL], 0.0)), row[metric]) for row in rows if KL in row and metric in row]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def plot_runs(runs: Sequence[tuple[str, Rows]], path: Path) -> None:
+    """Draws several runs into one picture: each held-out metric over tokens, and the rewards over √KL; panels without data are left out.
+
+    Args:
+        runs: the name of each run and its logged metrics.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no run has a held-out metric.
+    """
+    tokens = [(panel.title, "tokens", [series(rows, panel.held_out) for _, rows in runs]) for panel in PANELS]
+    rewards = [panel for panel in PANELS if panel.held_out in REWARDS]
+    root_kl = [(panel.title, "√KL to the reference", [over_root_kl(rows, panel.held_out) for _, rows in runs]) for panel in rewards]
+    panels = [panel for panel in (*tokens, *root_kl) if any(x for x, _ in panel[2])]
+    if not panels:
+        raise ValueError("none of the runs has been measured on held-out prompts.")
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = _figure(columns, lines)
+    for number, (title, label, curves) in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        for place, (x, y) in enumerate(curves):
+            # Ten colours, then the same ones dashed: every run has one look in all panels, also where it has no data.
+            axes.plot(x, y, "o-" if place < 10 else "o--", color=f"C{place % 10}", markersize=3)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    figure.legend(figure.axes[0].get_lines(), [name for name, _ in runs], loc="outside lower center", ncols=min(len(runs), 6))
+    figure.savefig(path, dpi=110)
+
+
+def _figure(columns: int, lines: int = 1) -> Any:
+    """A figure for panels side by side, in one line or several."""
+    # The object interface with its own canvas: `pyplot` would choose a backend, keep figures, and need a display on some systems.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 * columns, 3.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -95,6 +95,20 @@ class RunFolder:
             raise UserError(f"--resume {path}: this run has no checkpoint yet; start it again.")
         return folder
 
+    @classmethod
+    def of_model(cls, given: str | None) -> "RunFolder | None":
+        """Returns the run whose folder was given in the place of a model; None if `given` is a model itself, or an id."""
+        folder = cls(Path(given or ""))
+        is_run = given is not None and folder.config.is_file() and folder.model.is_dir()
+        return folder if is_run and not (folder.path / "model.safetensors").exists() else None
+
+    def curve_rows(self) -> list[dict[str, float]]:
+        """Returns what was logged with, before it, what was measured on held-out prompts before training."""
+        before = self.read_summary().get("before", {})
+        names = {"reward": "eval/reward_mean", "true_reward": "eval/true_reward_mean", "kl_per_sequence": "eval/kl_per_sequence"}
+        start = {TIMESTEPS: 0.0, **{metric: before[name] for name, metric in names.items() if before.get(name) is not None}}
+        return [start, *self.read_metrics()]
+
     def settings(self) -> TrainSettings:
         """Reads the settings of the run."""
         try:

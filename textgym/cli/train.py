@@ -20,7 +20,7 @@ from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopp
 from textgym.cli.measuring import MeasuredEvaluation, Measurement, measure
 from textgym.cli.plots import plot_curves
 from textgym.cli.report import numbers_table, print_report, samples_table, samples_text
-from textgym.cli.run_folder import TIMESTEPS, RunFolder, read_json_lines, write_json, write_json_lines
+from textgym.cli.run_folder import RunFolder, read_json_lines, write_json, write_json_lines
 from textgym.cli.settings import TrainSettings
 from textgym.cli.workplace import (
     check_device,
@@ -146,10 +146,7 @@ class Run:
     def plot(self) -> None:
         """Draws the curves of all metrics so far."""
         title = self.settings.algorithm.upper() + ("" if self.settings.algorithm == SFT else f", beta {self.settings.beta:g}")
-        before = self.folder.read_summary().get("before", {})
-        names = {"reward": "eval/reward_mean", "true_reward": "eval/true_reward_mean", "kl_per_sequence": "eval/kl_per_sequence"}
-        start = {TIMESTEPS: 0.0, **{metric: before[name] for name, metric in names.items() if before.get(name) is not None}}
-        plot_curves([start, *self.folder.read_metrics()], self.folder.curves, title)
+        plot_curves(self.folder.curve_rows(), self.folder.curves, title)
 
     def finish(self) -> None:
         """Measures the trained policy and reports."""

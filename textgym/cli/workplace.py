@@ -46,18 +46,19 @@ class Rewards:
 
 def load_rewards(settings: TrainSettings) -> Rewards:
     """Loads `--reward` and `--true-reward`."""
-    resolved = [_load_reward("--reward", spec) for spec in settings.reward]
+    resolved = [load_reward_option("--reward", spec) for spec in settings.reward]
     weights = list(settings.reward_weights or [1.0] * len(resolved))
     names, functions = [name for name, _ in resolved], [function for _, function in resolved]
     trained = RewardSet.build(functions, weights, unique_names(names))
     if settings.measured_reward is None:
         return Rewards(trained, trained, None)
-    true_name, true_function = _load_reward("--true-reward", settings.measured_reward)
+    true_name, true_function = load_reward_option("--true-reward", settings.measured_reward)
     measured = RewardSet.build([*functions, true_function], [*weights, 0.0], unique_names([*names, true_name]))
     return Rewards(trained, measured, measured.names[-1])
 
 
-def _load_reward(name: str, spec: str) -> Any:
+def load_reward_option(name: str, spec: str) -> Any:
+    """Returns the name and the function of the reward that option `name` gives."""
     try:
         return resolve_reward(spec)
     except ValueError as error:

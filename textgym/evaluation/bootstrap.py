@@ -32,7 +32,9 @@ class Estimate:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        # Rounded first: a mean of rounding errors is 0, not -0.
+        mean, low, high = (round(value, 3) + 0.0 for value in (self.mean, self.low, self.high))
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def bootstrap_mean(values: npt.ArrayLike, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0) -> Estimate:
