@@ -18,7 +18,8 @@ from textgym.evaluation.bootstrap import Estimate, bootstrap_mean
 from textgym.evaluation.over_optimisation import OverOptimisationReport, ScoredTexts, over_optimisation_report
 from textgym.evaluation.tables import markdown_table
 from textgym.evaluation.text_statistics import TextStatistics, text_statistics
-from textgym.evaluation.win_rate import Judge, WinRate, judged_points, win_points, win_rate_from_points
+from textgym.evaluation.win_rate import WinRate, judged_points, win_points, win_rate_from_points
+from textgym.feedback.judging import PairJudge
 from textgym.rewards.compose import RewardSet
 from textgym.rewards.episodes import as_completion
 
@@ -117,7 +118,7 @@ def compare_policies(
     *,
     reward: Any = None,
     true_reward: Any = None,
-    judge: Judge | None = None,
+    judge: PairJudge | None = None,
     reference: CausalLMPolicy | None = None,
     max_new_tokens: int = 32,
     num_generations: int = 1,
@@ -306,7 +307,7 @@ def _log_ratios(policy: CausalLMPolicy, reference: CausalLMPolicy, generation: G
     return ratios
 
 
-def _judged(judge: Judge, first: _Side, second: _Side) -> Float64Array:
+def _judged(judge: PairJudge, first: _Side, second: _Side) -> Float64Array:
     """Returns the judge's points, (P, G); a side with one text per prompt has it compared with all of the other's."""
     per_prompt = max(len(side.ids) for side in (first, second)) // first.num_prompts
     longer = first if len(first.ids) >= len(second.ids) else second

@@ -10,7 +10,8 @@ from textgym.agents.common.environments import attribute
 from textgym.agents.common.evaluation import Evaluation, EvaluationResult, evaluate_policy
 from textgym.agents.common.scored_completions import Float64Array, PromptRows, score, text_ids
 from textgym.agents.policy import CausalLMPolicy
-from textgym.evaluation.win_rate import Judge, WinRate, judged_win_rate, win_rate
+from textgym.evaluation.win_rate import WinRate, judged_win_rate, win_rate
+from textgym.feedback.judging import PairJudge
 
 if TYPE_CHECKING:
     from textgym.agents.base import Agent
@@ -50,7 +51,7 @@ class WinRateEvaluation(Evaluation):
         env: Any,
         opponent: CausalLMPolicy | str | None = None,
         *,
-        judge: Judge | str | None = None,
+        judge: PairJudge | str | None = None,
         interval: int = 10,
         episodes: int | None = None,
         best_model_path: str | Path | None = None,

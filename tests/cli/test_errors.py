@@ -55,6 +55,30 @@ import pytest
         ("generate hello --prompts one.jsonl", "not from both"),
         ("generate -", "no prompts on standard input"),
         ("generate --max-new-tokens 500", "192"),
+        ("evaluate --model ./nowhere", "--prompts must be given"),
+        ("evaluate --model ./nowhere --prompts one.jsonl", "--model: `path`: there is no folder './nowhere'"),
+        ("evaluate --against ./nowhere", "--against: `path`: there is no folder './nowhere'"),
+        ("evaluate --reference ./nowhere", "--reference: `path`: there is no folder './nowhere'"),
+        ("evaluate --against other --references answer", "give --against or --references, not both"),
+        ("evaluate --references answer", "the columns are ['reference']"),
+        ("evaluate --prompts nowhere.jsonl", "--prompts: `prompts` given as a path must be a file"),
+        ("evaluate --prompts one.jsonl --best-of 2", "--best-of needs a --reward"),
+        ("evaluate --best-of 0", "--best-of must be at least 1, not 0"),
+        ("evaluate --temperature 0", "--temperature must be above 0, not 0.0"),
+        ("evaluate --num-generations 0", "--num-generations must be at least 1"),
+        ("evaluate --reward film-reviw", "Did you mean 'film-review'?"),
+        ("evaluate --reward-weight 2", "--reward-weight belongs to --reward"),
+        ("evaluate --reward film-review --reward-weight 1 --reward-weight 2", "must be given once per --reward: 1 times, not 2"),
+        ("evaluate --true-reward nonsense", "--true-reward: `reward` must be"),
+        ("evaluate --judge json:no_such", "--judge: "),
+        ("evaluate --judge broken:judge", "--judge broken:judge could not be loaded: ZeroDivisionError"),
+        ("evaluate --judge string:digits", "must be a function judge(prompt, first, second), not a str"),
+        ("evaluate --max-new-tokens 500", "192"),
+        ("evaluate --out reported", "--out reported holds a report.json already"),
+        ("plot nowhere", "nowhere is no run folder"),
+        ("plot unmeasured", "holds no metrics"),
+        ("plot unmeasured --out curves.pdf", "--out must be a .png file"),
+        ("plot unmeasured --label a --label b", "--label must be given once per run: 1 times, not 2"),
     ],
 )
 def test_one_sentence(textgym, files, capsys, monkeypatch, arguments: str, sentence: str) -> None:
@@ -76,6 +100,10 @@ def files(save_model) -> None:
     Path("bad.jsonl").write_text("{no json\n")
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("reported").mkdir()
+    Path("reported/report.json").touch()
+    Path("unmeasured").mkdir()
+    Path("unmeasured/config.json").write_text("{}")
     save_model("other", 0)
 
 

@@ -7,11 +7,10 @@ it into one report.
 from textgym.evaluation.bootstrap import Estimate, bootstrap_mean
 from textgym.evaluation.over_optimisation import OverOptimisationReport, ScoredTexts, over_optimisation_report, rank_correlation
 from textgym.evaluation.text_statistics import TextStatistics, distinct_n, repetition, text_statistics
-from textgym.evaluation.win_rate import Judge, WinRate, judged_win_rate, win_rate, win_rate_from_points, win_rate_over_seeds
+from textgym.evaluation.win_rate import WinRate, judged_win_rate, win_rate, win_rate_from_points, win_rate_over_seeds
 
 __all__ = [
     "Estimate",
-    "Judge",
     "OverOptimisationReport",
     "ScoredTexts",
     "TextStatistics",

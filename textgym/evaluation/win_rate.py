@@ -5,18 +5,16 @@
 It is the number that the RLHF literature reports (against human summaries on TL;DR, for one), with a bootstrap interval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from textgym.evaluation.bootstrap import Float64Array, Over, percentile_interval, resampled_means
+from textgym.feedback.judging import PairJudge, ask
 from textgym.prompts import PromptText
-
-Judge: TypeAlias = Callable[[PromptText, str, str], str | float]
-_POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def win_rate_over_seeds(
 
 
 def judged_win_rate(
-    judge: Judge,
+    judge: PairJudge,
     prompts: Sequence[PromptText],
     texts_a: Sequence[str],
     texts_b: Sequence[str],
@@ -148,7 +146,7 @@ def win_points(scores_a: npt.ArrayLike, scores_b: npt.ArrayLike, *, tie_margin: 
     return _points(first, second, tie_margin)
 
 
-def judged_points(judge: Judge, prompts: Sequence[PromptText], texts_a: Sequence[str], texts_b: Sequence[str]) -> Float64Array:
+def judged_points(judge: PairJudge, prompts: Sequence[PromptText], texts_a: Sequence[str], texts_b: Sequence[str]) -> Float64Array:
     """Returns what each comparison counts for A by a judge, (P,).
 
     The judge is asked in both orders, so that a liking for one position cancels out. Verdicts count 1, ½ or 0, and two that name
@@ -160,7 +158,8 @@ def judged_points(judge: Judge, prompts: Sequence[PromptText], texts_a: Sequence
             "`prompts`, `texts_a` and `texts_b` must hold one entry per comparison, at least one, "
             f"got {len(prompts)}, {len(texts_a)} and {len(texts_b)}."
         )
-    return np.array([_ask_twice(judge, *row) for row in zip(prompts, texts_a, texts_b, strict=True)])
+    rows = zip(prompts, texts_a, texts_b, range(len(prompts)), strict=True)
+    return np.array([_ask_twice(judge, *row) for row in rows])
 
 
 def win_rate_from_points(
@@ -205,23 +204,12 @@ def _points(first: Float64Array, second: Float64Array, tie_margin: float) -> Flo
     return np.where(np.abs(difference) <= tie_margin, 0.5, np.heaviside(difference, 0.5))
 
 
-def _ask_twice(judge: Judge, prompt: PromptText, text_a: str, text_b: str) -> float:
-    straight, swapped = _ask(judge, prompt, text_a, text_b), 1.0 - _ask(judge, prompt, text_b, text_a)
+def _ask_twice(judge: PairJudge, prompt: PromptText, text_a: str, text_b: str, row: int) -> float:
+    straight = ask(judge, prompt, text_a, text_b, f"row {row}")
+    swapped = 1.0 - ask(judge, prompt, text_b, text_a, f"row {row}, order swapped")
     if {straight, swapped} <= {0.0, 0.5, 1.0}:  # verdicts
         return straight if straight == swapped else 0.5
     return (straight + swapped) / 2
-
-
-def _ask(judge: Judge, prompt: PromptText, first: str, second: str) -> float:
-    answer: Any = judge(prompt, first, second)
-    if isinstance(answer, str) and answer in _POINTS:
-        return _POINTS[answer]
-    if not isinstance(answer, str | bool | None) and 0.0 <= float(answer) <= 1.0:
-        return float(answer)
-    raise ValueError(
-        f"`judge` must return 'first', 'second', 'tie', or a number from 0 to 1 (the probability that the first is better), got {answer!r} "
-        f"for the prompt {prompt!r}."
-    )
 
 
 def _finite(name: str, scores: npt.ArrayLike) -> Float64Array:
