@@ -9,6 +9,7 @@ import typer
 from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates, set_by_default
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.evaluate import evaluate
+from textgym.cli.label import label
 from textgym.cli.plot import plot
 from textgym.cli.settings import TrainSettings, option, parse_options
 
@@ -305,6 +306,7 @@ def generate(
 
 app.command()(evaluate)
 app.command()(plot)
+app.command()(label)
 
 
 def main(arguments: list[str] | None = None) -> None:

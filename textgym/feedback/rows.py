@@ -195,6 +195,16 @@ def parse_comment(row: Row, where: str) -> Comment:
     return Comment(prompt, completions, row["comment"], **_common(row, where, "comment", *names))
 
 
+def parse_answers(row: Row, where: str) -> tuple[Text, tuple[Text, ...]]:
+    """Reads a prompt and its two or more answers, of a row that need not say which is the better: `completions`, or chosen and rejected."""
+    if has_columns(row, "chosen", "rejected"):
+        pair = parse_comparison(row, where)
+        return pair.prompt, (pair.chosen, pair.rejected)
+    if not has_columns(row, "prompt", "completions"):
+        raise wrong_columns(row, where, "prompt and completions (or chosen and rejected)")
+    return _prompt(row, where), _answers(row, where)
+
+
 _PARSERS: dict[str, Parser] = {
     "comparison": parse_comparison,
     "ranking": parse_ranking,
@@ -386,7 +396,7 @@ def _text(row: Row, where: str, form: str) -> tuple[Text, Text, tuple[str, ...]]
 def _answers(row: Row, where: str, at_least: int = 2) -> tuple[Text, ...]:
     answers = row["completions"]
     if isinstance(answers, str | Mapping) or not isinstance(answers, Sequence | np.ndarray) or len(answers) < at_least:
-        wanted = "at least two completions, best first unless `ranks` stand beside them" if at_least == 2 else "at least one completion"
+        wanted = "at least two completions" if at_least == 2 else "at least one completion"
         raise ValueError(f"`completions` of {where} must be a list of {wanted}, got {shown(answers)}.")
     return tuple(answer_of(one, where, "completions") for one in answers)
 
