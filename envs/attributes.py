@@ -1,5 +1,6 @@
 """What users and agents read off a text environment: the same attributes on the single and on the vector environment."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gymnasium.envs.registration import EnvSpec
@@ -68,6 +69,23 @@ class TaskAttributes:
     def reward_set(self) -> RewardSet:
         """What scores completions; it counts its calls and keeps what reward functions log."""
         return self._task.rewards
+
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        """The weights of the rewards, in the order of `reward_set.names`; settable, see `set_reward_weights`."""
+        return self._task.rewards.weights
+
+    @reward_weights.setter
+    def reward_weights(self, weights: Sequence[float] | Mapping[str, float]) -> None:
+        self._task.rewards.set_weights(weights)
+
+    def set_reward_weights(self, weights: Sequence[float] | Mapping[str, float]) -> None:
+        """Changes the weights from the next payment on, in every environment that shares these rewards (see `RewardSet.set_weights`).
+
+        Args:
+            weights: one finite number per reward, or a mapping of names to numbers.
+        """
+        self._task.rewards.set_weights(weights)
 
     @property
     def num_prompts(self) -> int:

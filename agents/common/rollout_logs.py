@@ -28,6 +28,9 @@ def record_rollout(logger: Logger, rollout: RolloutBatch, reward_set: RewardSet 
     logger.record("rollout/eos_fraction", float(np.mean([info.get("finish_reason") == "eos" for info in rollout.infos])))
     for name, mean in _part_means(rollout).items():
         logger.record(f"rewards/{name}/mean", mean)
+    if reward_set is not None and len(reward_set.names) > 1:
+        for name, weight in zip(reward_set.names, reward_set.weights, strict=True):
+            logger.record(f"rewards/{name}/weight", weight)
     metrics = {} if reward_set is None else reward_set.drain_logs()[0]
     for name, mean in metrics.items():
         logger.record(f"rewards/{name}", mean)

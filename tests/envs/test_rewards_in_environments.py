@@ -6,8 +6,9 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 import textgym.rewards
-from textgym.rewards import segment_level, token_level
+from textgym.rewards import FineGrainedReward, Objective, TokenCount, segment_level, token_level
 from textgym.rewards.compose import RewardSet
+from textgym.vector_infos import row_info
 
 END = 1
 NUM_ENVS = 4
@@ -180,3 +181,101 @@ def test_after_a_failing_reward_the_episode_is_over(tokenizer: Any) -> None:
         env.step(END)
     with pytest.raises(ValueError, match="call `reset` first"):
         env.step(5)
+
+
+# --- Several objectives ---------------------------------------------------------------------------------------------------------
+
+
+def objectives() -> FineGrainedReward:
+    return FineGrainedReward(
+        [
+            Objective(last_id, TokenCount(1), weight=0.5),
+            Objective(how_many, TokenCount(2), weight=2.0, sees="segment"),
+            Objective(how_many, TokenCount(2), weight=-1.0, name="late", paid="end"),
+            Objective(final, weight=0.01),
+        ]
+    )
+
+
+def last_id(completion_ids: list[list[int]]) -> list[float]:
+    return [float(ids[-1]) for ids in completion_ids]
+
+
+def how_many(completion_ids: list[list[int]]) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+EPISODES = np.array([[5, 6, 7, 8], [5, END, 0, 0], [END, 0, 0, 0], [2, 3, END, 0]])
+
+
+@pytest.mark.parametrize("kind", ["single", "sync", "vector_entry_point", "async"])
+def test_the_vector_of_objectives_adds_up_to_the_reward(kind: str, tokenizer: Any) -> None:
+    """At every step: weights · what each dense objective pays, and at the end those that are paid once; the same in each form."""
+    reward = objectives()
+    rows = []
+    if kind == "single":
+        env = make("single", reward, tokenizer)
+        for tokens in EPISODES:
+            env.reset()
+            rows.append([env.step(int(token)) for token in tokens[: list(tokens).index(END) + 1 if END in tokens else 4]])
+    else:
+        envs = make(kind, reward, tokenizer)
+        envs.reset()
+        steps = [envs.step(tokens) for tokens in EPISODES.T]
+        for i, tokens in enumerate(EPISODES):
+            count = list(tokens).index(END) + 1 if END in tokens else 4
+            rows.append([(None, r[i], terminated[i], None, row_info(infos, i)) for _, r, terminated, _, infos in steps[:count]])
+        envs.close()
+    for tokens, row in zip(EPISODES, rows, strict=True):
+        total = 0.0
+        for t, (_, paid, terminated, _, info) in enumerate(row):
+            assert set(info["dense_rewards"]) == {"last_id", "how_many", "late"}
+            assert info["dense_rewards"]["last_id"] == tokens[t]
+            once = reward.weights[3] * info["rewards"]["final"] if terminated else 0.0
+            assert paid == pytest.approx(reward.vector(info["dense_rewards"]) @ reward.weights + once)
+            assert info["dense_rewards"]["late"] == 0.0 or terminated
+            total += paid
+        assert terminated and total == pytest.approx(reward.vector(info["rewards"]) @ reward.weights)
+        # Lengths of the segments of two tokens, and of the prefixes that end with one. An end token alone is no segment of its own.
+        expected = {1: (1.0, 1.0), 2: (2.0, 2.0), 3: (2.0, 2.0), 4: (2.0 + 2.0, 2.0 + 4.0)}[len(row)]
+        assert (info["rewards"]["how_many"], info["rewards"]["late"]) == expected
+
+
+def test_the_vector_of_objectives_of_whole_sequences(tokenizer: Any) -> None:
+    reward = objectives()
+    envs = make("vector_entry_point", reward, tokenizer)
+    envs.reset()
+    result = envs.step_sequence(EPISODES, np.array([4, 2, 1, 3]))
+    for row, info in enumerate(result.infos):
+        assert result.rewards[row].sum() == pytest.approx(reward.vector(info["rewards"]) @ reward.weights)
+        assert result.rewards[row, result.lengths_used[row] - 1] == pytest.approx(
+            reward.vector(info["dense_rewards"]) @ reward.weights + 1.0
+        )
+
+
+@pytest.mark.parametrize("kind", ["single", "sync", "vector_entry_point", "async"])
+def test_weights_change_in_every_form(kind: str, tokenizer: Any) -> None:
+    env = make(kind, [final, sometimes], tokenizer, reward_weights=[1.0, 2.0])
+
+    def total() -> float:
+        env.reset()
+        actions = 5 if kind == "single" else [5] * NUM_ENVS
+        env.step(actions)
+        return float(np.max(env.step(END if kind == "single" else [END] * NUM_ENVS)[1]))
+
+    assert total() == 104.0
+    if kind == "async":
+        env.call("set_reward_weights", {"sometimes": -1.0})
+    elif kind == "sync":
+        env.set_attr("reward_weights", {"sometimes": -1.0})
+    else:
+        env.unwrapped.reward_weights = {"sometimes": -1.0}
+    assert total() == 98.0
+    if kind in ("sync", "async"):
+        env.call("set_reward_weights", [0.5, 0.0])
+        assert env.call("reward_weights") == ((0.5, 0.0),) * NUM_ENVS
+    else:
+        env.unwrapped.set_reward_weights([0.5, 0.0])
+        assert env.unwrapped.reward_weights == (0.5, 0.0)
+    assert total() == 50.0
+    env.close()

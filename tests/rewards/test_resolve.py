@@ -113,7 +113,10 @@ def test_the_trained_bundled_reward_by_name(make_batch):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("film-reviw", r"must be a bundled reward \(film-review, film-review-true\), .* got 'film-reviw'. Did you mean 'film-review'\?"),
+        (
+            "film-reviw",
+            r"must be the name of a reward \(film-review, film-review-true, bleu, .* got 'film-reviw'. Did you mean 'film-review'\?",
+        ),
         ("zzz", "got 'zzz'.$"),
         ("./no/such/folder", "got './no/such/folder'"),
         (3, "`reward` must be a function, a list of functions, .* got int 3"),

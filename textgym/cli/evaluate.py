@@ -255,7 +255,6 @@ def _training(settings: EvaluateSettings, folder: "RunFolder | None") -> TrainSe
 
 def _rewards(training: TrainSettings) -> "tuple[RewardSet | None, RewardSet | None]":
     from textgym.cli.workplace import load_reward_option, load_rewards
-    from textgym.rewards import RewardSet
 
     if training.reward_weights is not None and len(training.reward_weights) != len(training.reward):
         count = len(training.reward)
@@ -263,8 +262,7 @@ def _rewards(training: TrainSettings) -> "tuple[RewardSet | None, RewardSet | No
     reward = load_rewards(training).trained if training.reward else None
     if training.measured_reward is None:
         return reward, None
-    name, function = load_reward_option("--true-reward", training.measured_reward)
-    return reward, RewardSet.build([function], names=[name])
+    return reward, load_reward_option("--true-reward", training.measured_reward)
 
 
 def _prompts(settings: EvaluateSettings, training: TrainSettings) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from textgym.cli.evaluate import evaluate
 from textgym.cli.label import label
 from textgym.cli.plot import plot
 from textgym.cli.settings import TrainSettings, option, parse_options
+from textgym.rewards.named import reward_names
 
 app = typer.Typer(
     name="textgym",
@@ -58,8 +59,9 @@ def train(
     reward: Annotated[
         list[str],
         typer.Option(
-            help="What to maximise: film-review (bundled), module:function or file.py:function (TRL's form), or the folder of a one-label "
-            "classifier. Several are added up. dpo and kto only measure it, and with --preferences only if it is given."
+            help=f"What to maximise: a name ({', '.join(reward_names())}), with options as in 'rouge-l?stemmer=true&column=summary'; "
+            "module:function or file.py:function (TRL's form); or the folder of a one-label classifier. Several are added up. "
+            "dpo and kto only measure it, and with --preferences only if it is given."
         ),
     ] = list(DEFAULTS.reward),  # noqa: B006  (typer copies it)
     reward_weight: Annotated[

@@ -15,8 +15,6 @@ from textgym.cli.errors import UserError, one_line
 from textgym.cli.settings import TrainSettings
 from textgym.prompts import read_prompts
 from textgym.rewards import RewardSet
-from textgym.rewards.calling import unique_names
-from textgym.rewards.resolve import resolve_reward
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -46,21 +44,19 @@ class Rewards:
 
 def load_rewards(settings: TrainSettings) -> Rewards:
     """Loads `--reward` and `--true-reward`."""
-    resolved = [load_reward_option("--reward", spec) for spec in settings.reward]
-    weights = list(settings.reward_weights or [1.0] * len(resolved))
-    names, functions = [name for name, _ in resolved], [function for _, function in resolved]
-    trained = RewardSet.build(functions, weights, unique_names(names))
+    loaded = [load_reward_option("--reward", spec) for spec in settings.reward]
+    weights = list(settings.reward_weights or [1.0] * len(loaded))
+    trained = RewardSet.build(loaded, weights)
     if settings.measured_reward is None:
         return Rewards(trained, trained, None)
-    true_name, true_function = load_reward_option("--true-reward", settings.measured_reward)
-    measured = RewardSet.build([*functions, true_function], [*weights, 0.0], unique_names([*names, true_name]))
+    measured = RewardSet.build([*loaded, load_reward_option("--true-reward", settings.measured_reward)], [*weights, 0.0])
     return Rewards(trained, measured, measured.names[-1])
 
 
-def load_reward_option(name: str, spec: str) -> Any:
-    """Returns the name and the function of the reward that option `name` gives."""
+def load_reward_option(name: str, spec: str) -> RewardSet:
+    """Returns the reward that option `name` gives."""
     try:
-        return resolve_reward(spec)
+        return RewardSet.build(spec)
     except ValueError as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     except Exception as error:  # the user's module may raise anything while it is loaded

@@ -1,7 +1,7 @@
 """One reward out of many: `RewardSet` calls each part in TRL's form, checks what it returns and adds the parts up with their weights."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from textgym.rewards.calling import (
 )
 from textgym.rewards.dense import DenseKind, Segment, Segmentation, SegmentLevel, dense_kind, segment_batch
 from textgym.rewards.episodes import EpisodeBatch, describe_row
-from textgym.rewards.resolve import listed_rewards, resolve_reward
+from textgym.rewards.resolve import listed_rewards, loaded_reward, resolve_reward
 
 __all__ = ["EpisodeBatch", "RewardSet"]
 
@@ -41,6 +41,7 @@ class _Part:
 
     name: str
     function: RewardFunction
+    weight: float
     parameters: Parameters
     kind: DenseKind | None
     segmentation: Segmentation | None = None
@@ -48,10 +49,10 @@ class _Part:
     rows: int = 0
 
     @classmethod
-    def of(cls, name: str, function: RewardFunction) -> Self:
+    def of(cls, name: str, function: RewardFunction, weight: float) -> Self:
         kind = dense_kind(function)
         segmentation = Segmentation(kind.segmenter) if isinstance(kind, SegmentLevel) else None
-        return cls(name, function, read_parameters(function, name), kind, segmentation)
+        return cls(name, function, float(weight), read_parameters(function, name), kind, segmentation)
 
 
 @dataclass
@@ -94,11 +95,10 @@ class RewardSet:
     """
 
     def __init__(self, names: Sequence[str], functions: Sequence[RewardFunction], weights: Sequence[float]) -> None:
-        self.weights: tuple[float, ...] = tuple(float(weight) for weight in weights)
         self.trainer_state: Any = None
-        self._parts = [_Part.of(name, function) for name, function in zip(names, functions, strict=True)]
-        self._terminal = [(part, w) for part, w in zip(self._parts, self.weights, strict=True) if part.kind is None]
-        self._dense = [(part, w) for part, w in zip(self._parts, self.weights, strict=True) if part.kind is not None]
+        self._parts = [_Part.of(*part) for part in zip(names, functions, weights, strict=True)]
+        self._terminal = [part for part in self._parts if part.kind is None]
+        self._dense = [part for part in self._parts if part.kind is not None]
         self._logs = _Logs()
 
     @classmethod
@@ -107,30 +107,62 @@ class RewardSet:
 
         Args:
             reward: a function `reward(prompts, completions, completion_ids, **columns) -> list[float | None]` (plain, async, marked as
-                dense, a lambda, a partial, a bound method or a callable object); the name of a bundled reward; `"module:function"`, which
-                may also name a list; a path or a transformers model of a sequence classifier with one label; an object with a method
-                `score` of that calling form; a list or tuple of these; or a `RewardSet`, which is returned as it is.
+                dense, a lambda, a partial, a bound method or a callable object); a name of `reward_names()`, with or without options;
+                `"module:function"`, which may also name a list; a path or a transformers model of a sequence classifier with one label;
+                an object with a method `score` of that calling form; a list or tuple of these, in which a `RewardSet` stands for its
+                parts; or a `RewardSet`, which is returned as it is.
             reward_weights: one finite number per reward of a list; 1 each by default.
             names: names of the parts in `info["rewards"]` and in logs, in place of the functions' own.
         """
-        if isinstance(reward, cls):
+        if isinstance(reward, RewardSet):
             if reward_weights is not None or names is not None:
                 raise ValueError("`reward_weights` and `names` belong to the making of a RewardSet; `reward` is one already.")
             return reward
         rewards = listed_rewards(reward)
         if not rewards:
             raise ValueError("`reward` must not be an empty list; give at least one reward function.")
-        resolved = [resolve_reward(one) for one in rewards]
-        return cls(
-            _checked_names([name for name, _ in resolved], names),
-            [function for _, function in resolved],
-            _checked_weights(reward_weights, len(rewards)),
-        )
+        given = _checked_weights(reward_weights, len(rewards))
+        parts = [part for one, weight in zip(rewards, given, strict=True) for part in _weighted_parts(one, weight)]
+        own_names, functions, weights = zip(*parts, strict=True)
+        return RewardSet(_checked_names(list(own_names), names), functions, weights)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the parts."""
         return tuple(part.name for part in self._parts)
+
+    @property
+    def parts(self) -> tuple[tuple[str, RewardFunction, float], ...]:
+        """Name, function and weight of each part."""
+        return tuple((part.name, part.function, part.weight) for part in self._parts)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the parts, in their order."""
+        return tuple(part.weight for part in self._parts)
+
+    def set_weights(self, weights: Sequence[float] | Mapping[str, float]) -> None:
+        """Changes the weights, from the next payment on.
+
+        Every environment that shares this set follows, copies in other processes do not. An episode that is under way is paid partly
+        with the old weights and partly with the new ones, so change them between episodes: for an agent, between rollouts.
+
+        Args:
+            weights: one finite number per part, in their order, or a mapping of names to numbers that leaves the other weights alone.
+        """
+        if isinstance(weights, Mapping):
+            if unknown := [name for name in weights if name not in self.names]:
+                raise ValueError(f"`weights` must name parts of the reward, {', '.join(self.names)}, got {unknown[0]!r}.")
+            weights = [weights.get(part.name, part.weight) for part in self._parts]
+        for part, weight in zip(self._parts, _checked_weights(weights, len(self._parts), "weights"), strict=True):
+            part.weight = weight
+
+    def vector(self, parts: Mapping[str, float]) -> Float64Array:
+        """Returns named rewards, such as `info["rewards"]`, as a vector (K,) in the order of `names`, 0 for those that are not there.
+
+        `vector(info["rewards"]) @ weights` is the return of a finished episode.
+        """
+        return np.array([parts.get(name, 0.0) for name in self.names], dtype=np.float64)
 
     @property
     def has_terminal(self) -> bool:
@@ -185,11 +217,11 @@ class RewardSet:
         """
         totals = np.zeros(len(batch))
         if not self._terminal or not len(batch):
-            return totals, {part.name: np.zeros(0) for part, _ in self._terminal}
-        results = self._call([(part, batch, {}) for part, _ in self._terminal])
-        raw = {part.name: as_scores(result, part.name, batch) for (part, _), result in zip(self._terminal, results, strict=True)}
-        for part, weight in self._terminal:
-            totals += weight * np.nan_to_num(raw[part.name], nan=0.0)
+            return totals, {part.name: np.zeros(0) for part in self._terminal}
+        results = self._call([(part, batch, {}) for part in self._terminal])
+        raw = {part.name: as_scores(result, part.name, batch) for part, result in zip(self._terminal, results, strict=True)}
+        for part in self._terminal:
+            totals += part.weight * np.nan_to_num(raw[part.name], nan=0.0)
         if not self._dense:
             nothing = np.logical_and.reduce([np.isnan(scores) for scores in raw.values()])
             if nothing.any():
@@ -230,28 +262,28 @@ class RewardSet:
         self, batch: EpisodeBatch, finished: BoolArray, *, last_only: bool
     ) -> tuple[list[Float64Array], dict[str, list[Float64Array]]]:
         totals = [np.zeros(len(ids)) for ids in batch.completion_ids]
-        raw = {part.name: [np.zeros(len(ids)) for ids in batch.completion_ids] for part, _ in self._dense}
+        raw = {part.name: [np.zeros(len(ids)) for ids in batch.completion_ids] for part in self._dense}
         if not len(batch):
             return totals, raw
         ends = np.asarray(finished, dtype=bool).tolist()
         requests: list[_Request] = []
         payers: list[_Payer] = []
-        for part, _ in self._dense:
-            if part.segmentation is None:
+        for part in self._dense:
+            if not isinstance(part.kind, SegmentLevel):
                 requests.append((part, batch, {}))
                 payers.append(_pay_tokens)
                 continue
-            rows, segments = _closed(part.segmentation, batch, ends, last_only)
+            rows, segments = _closed(part, batch, ends, last_only)
             view, further = segment_batch(batch, rows, segments)
             if rows:
                 requests.append((part, view, further))
-                payers.append(_segment_payer(rows, [segment.end - 1 for segment in segments]))
+                payers.append(_segment_payer(rows, [-1 if part.kind.at_end else segment.end - 1 for segment in segments]))
         results = self._call(requests)
         for (part, view, _), pay, result in zip(requests, payers, results, strict=True):
             pay(result, part.name, view, raw[part.name])
-        for part, weight in self._dense:
+        for part in self._dense:
             for total, rewards in zip(totals, raw[part.name], strict=True):
-                total += weight * rewards
+                total += part.weight * rewards
         return totals, raw
 
     def _call(self, requests: list[_Request]) -> list[Any]:
@@ -288,9 +320,16 @@ def _noting(call: Callable[[], Any], part: _Part, batch: EpisodeBatch) -> Any:
         raise
 
 
-def _closed(segmentation: Segmentation, batch: EpisodeBatch, ends: list[bool], last_only: bool) -> tuple[list[int], list[Segment]]:
+def _closed(part: _Part, batch: EpisodeBatch, ends: list[bool], last_only: bool) -> tuple[list[int], list[Segment]]:
     """Returns the segments to score, and the row of each."""
-    if last_only:
+    segmentation = part.segmentation
+    assert segmentation is not None and isinstance(part.kind, SegmentLevel)
+    if part.kind.at_end:
+        over = [row for row, end in enumerate(ends) if end]
+        whole = EpisodeBatch([batch.prompts[row] for row in over], [batch.completion_ids[row] for row in over], decode=batch.decode)
+        listed = zip(over, segmentation.all_segments(whole, [True] * len(over)), strict=True)
+        found = [(row, segment) for row, segments in listed for segment in segments]
+    elif last_only:
         found = [(row, segment) for row, segment in enumerate(segmentation.last_segments(batch, ends)) if segment is not None]
     else:
         found = [(row, segment) for row, segments in enumerate(segmentation.all_segments(batch, ends)) for segment in segments]
@@ -319,26 +358,34 @@ def _describe_token(batch: EpisodeBatch, row: int, t: int) -> str:
 
 
 def _segment_payer(rows: list[int], columns: list[int]) -> "_Payer":
-    """Returns a function that writes the i-th score at token `columns[i]` of row `rows[i]`."""
+    """Returns a function that adds the i-th score at token `columns[i]` of row `rows[i]`."""
 
     def pay(result: Any, name: str, batch: EpisodeBatch, rewards: list[Float64Array]) -> None:
         for row, column, score in zip(rows, columns, np.nan_to_num(as_scores(result, name, batch), nan=0.0), strict=True):
-            rewards[row][column] = score
+            rewards[row][column] += score
 
     return pay
 
 
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def _weighted_parts(reward: Any, weight: float) -> list[tuple[str, RewardFunction, float]]:
+    """Returns what one entry of a list of rewards adds to a set."""
+    reward = loaded_reward(reward)
+    if isinstance(reward, RewardSet):
+        return [(name, function, weight * own) for name, function, own in reward.parts]
+    return [(*resolve_reward(reward), weight)]
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int, argument: str = "reward_weights") -> list[float]:
     if weights is None:
         return [1.0] * count
     try:
         checked = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"`reward_weights` must hold numbers, one per reward, got {weights!r}.") from None
+        raise ValueError(f"`{argument}` must hold numbers, one per reward, got {weights!r}.") from None
     if checked.shape != (count,):
-        raise ValueError(f"`reward_weights` must hold one number per reward: {count} rewards, got {weights!r}.")
+        raise ValueError(f"`{argument}` must hold one number per reward: {count} rewards, got {weights!r}.")
     if not np.isfinite(checked).all():
-        raise ValueError(f"`reward_weights` must be finite, got {weights!r}.")
+        raise ValueError(f"`{argument}` must be finite, got {weights!r}.")
     return [float(weight) for weight in checked]
 
 

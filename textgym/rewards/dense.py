@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from textgym.rewards.episodes import Decode, EpisodeBatch, as_completion
-from textgym.rewards.segmenters import SEGMENTERS, Segmenter
+from textgym.rewards.segmenters import Segmenter, find_segmenter
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__textgym_dense__"
@@ -33,9 +33,11 @@ class SegmentLevel:
 
     Args:
         segmenter: says after each token whether a segment ends there (see `textgym.rewards.segmenters`).
+        at_end: the scores of all segments are paid together at the completion's last token, not each at its segment's.
     """
 
     segmenter: Segmenter
+    at_end: bool = False
 
 
 DenseKind = TokenLevel | SegmentLevel
@@ -53,25 +55,21 @@ def token_level(function: F) -> F:
     return _mark(function, TokenLevel())
 
 
-def segment_level(segmenter: str | Segmenter) -> Callable[[F], F]:
+def segment_level(segmenter: str | Segmenter, *, at_end: bool = False) -> Callable[[F], F]:
     """Marks a reward that scores one segment of a completion at a time; the score is paid at the segment's last token.
 
     The function is called as any other reward, with one row per *segment* that has ended: `completions` and `completion_ids` are the
-    completion up to and including the segment, `segments` the text of the segment alone, `segment_index` its number in the completion,
-    from 0; the columns are those of the segment's prompt. It returns one number per row (None: nothing is paid for that segment).
+    completion up to and including the segment, `segments` the text of the segment alone, `segment_ids` its tokens, `segment_index` its
+    number in the completion, from 0; the columns are those of the segment's prompt. It returns one number per row (None: nothing is
+    paid for that segment).
 
     Args:
         segmenter: `"sentence"`, `"sub_sentence"`, `"whole"`, or a function `segmenter(segment, segment_ids) -> bool` such as
             `TokenCount(8)`, asked after every token whether the segment ends with it. The end of the episode closes the last segment,
             unless that is only white space; a completion without any text is one segment.
+        at_end: pay the scores of all segments together at the completion's last token: the same reward without the credit.
     """
-    if isinstance(segmenter, str):
-        if segmenter not in SEGMENTERS:
-            raise ValueError(f"`segmenter` must be one of {sorted(SEGMENTERS)} or a function, got {segmenter!r}.")
-        segmenter = SEGMENTERS[segmenter]
-    if not callable(segmenter):
-        raise ValueError(f"`segmenter` must be one of {sorted(SEGMENTERS)} or a function, got {segmenter!r}.")
-    kind = SegmentLevel(segmenter)
+    kind = SegmentLevel(find_segmenter(segmenter), at_end)
     return lambda function: _mark(function, kind)
 
 
@@ -101,12 +99,14 @@ class Segment:
     """A closed segment of one completion.
 
     Attributes:
+        start: number of tokens before the segment.
         end: number of tokens of the completion up to and including the segment.
         text: its text.
         prefix: the text of the completion up to and including the segment.
         index: how many segments closed before it.
     """
 
+    start: int
     end: int
     text: str
     prefix: str
@@ -182,7 +182,7 @@ class Segmentation:
         # The text of a longer prefix need not begin with that of a shorter one (half a character decodes to a replacement mark).
         new_text = text[_common_length(text, opened.text_before) :]
         closes = self.segmenter(new_text, ids[opened.start : t]) or (finished and (opened.start == 0 or bool(new_text.strip())))
-        return Segment(t, new_text, text, opened.index) if closes else None
+        return Segment(opened.start, t, new_text, text, opened.index) if closes else None
 
     def _remember(self, ids: tuple[int, ...], opened: _Open) -> None:
         self._open[ids] = opened
@@ -226,7 +226,7 @@ def segment_batch(batch: EpisodeBatch, rows: list[int], segments: list[Segment])
     """Returns what a segment-level reward sees of `segments`, the i-th of which belongs to row `rows[i]` of `batch`.
 
     Returns:
-        a batch with one row per segment, its texts given, and the further arguments `segments` and `segment_index`.
+        a batch with one row per segment, its texts given, and the further arguments `segments`, `segment_ids` and `segment_index`.
     """
     view = EpisodeBatch(
         [batch.prompts[row] for row in rows],
@@ -236,4 +236,8 @@ def segment_batch(batch: EpisodeBatch, rows: list[int], segments: list[Segment])
     )
     view.texts = [segment.prefix for segment in segments]  # known already; fills the cached property
     view.completions = [as_completion(prompt, text) for prompt, text in zip(view.prompts, view.texts, strict=True)]
-    return view, {"segments": [segment.text for segment in segments], "segment_index": [segment.index for segment in segments]}
+    return view, {
+        "segments": [segment.text for segment in segments],
+        "segment_ids": [batch.completion_ids[row][segment.start : segment.end] for row, segment in zip(rows, segments, strict=True)],
+        "segment_index": [segment.index for segment in segments],
+    }

@@ -12,7 +12,7 @@ Prompt: TypeAlias = str | Messages
 Decode: TypeAlias = Callable[[list[list[int]]], list[str]]
 
 RESERVED_COLUMNS = frozenset(
-    {"prompts", "completions", "completion_ids", "segments", "segment_index", "trainer_state", "log_extra", "log_metric"}
+    {"prompts", "completions", "completion_ids", "segments", "segment_ids", "segment_index", "trainer_state", "log_extra", "log_metric"}
 )
 
 

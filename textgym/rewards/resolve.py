@@ -10,23 +10,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from textgym.rewards.bundled import bundled_names, bundled_reward
 from textgym.rewards.calling import RewardFunction, function_name
 from textgym.rewards.classifier import HUB_ID, ClassifierReward, is_classifier
 from textgym.rewards.episodes import excerpt
+from textgym.rewards.named import canonical_name, make_reward, reward_names
 
 _MODULE_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def listed_rewards(reward: Any) -> list[Any]:
     """Returns the rewards of a list, of a list that `"module:name"` names, or the one reward that was given."""
-    if isinstance(reward, str) and _names_function(reward):
-        reward = load_reward(reward)
+    reward = loaded_reward(reward)
     return list(reward) if isinstance(reward, list | tuple) else [reward]
 
 
+def loaded_reward(reward: Any) -> Any:
+    """Returns what `"module:name"` names, anything else as it is."""
+    return load_reward(reward) if isinstance(reward, str) and _names_function(reward) else reward
+
+
 def _names_function(reward: str) -> bool:
-    return bool(_MODULE_FUNCTION.fullmatch(reward)) and not Path(reward).exists()
+    named = canonical_name(reward.partition("?")[0]) is not None  # an option may hold a colon
+    return not named and bool(_MODULE_FUNCTION.fullmatch(reward)) and not Path(reward).exists()
 
 
 def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
@@ -45,7 +50,7 @@ def resolve_reward(reward: Any) -> tuple[str, RewardFunction]:
     if not callable(reward) or hasattr(reward, "forward"):  # a torch module is called with tensors, not with texts
         what = f"the torch module {type(reward).__name__}" if callable(reward) else f"{type(reward).__name__} {excerpt(reward)}"
         raise ValueError(
-            "`reward` must be a function, a list of functions, the name of a bundled reward, 'module:function', a sequence classifier "
+            "`reward` must be a function, a list of functions, the name of a reward, 'module:function', a sequence classifier "
             f"or an object with a method `score`, got {what}."
         )
     return function_name(reward), reward
@@ -55,12 +60,14 @@ def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
     path = Path(reward)
     if _names_function(reward):
         return resolve_reward(load_reward(reward))
-    if reward in bundled_names():
-        return reward, resolve_reward(bundled_reward(reward))[1]
+    name = canonical_name(reward.partition("?")[0])
+    # A folder is shadowed by a name only if that is exactly its own: './length' is the folder.
+    if name is not None and (name == reward or not path.is_dir()):
+        return name, make_reward(reward)
     if path.is_dir() or HUB_ID.fullmatch(reward):
         return resolve_reward(ClassifierReward(reward))
     raise ValueError(
-        f"`reward` must be a bundled reward ({', '.join(bundled_names())}), 'module:function', 'file.py:function', or the folder "
+        f"`reward` must be the name of a reward ({', '.join(reward_names())}), 'module:function', 'file.py:function', or the folder "
         f"(or hub id) of a sequence classifier, got {reward!r}.{_hint(reward, path)}"
     )
 
@@ -68,7 +75,7 @@ def _resolve_string(reward: str) -> tuple[str, RewardFunction]:
 def _hint(reward: str, path: Path) -> str:
     if path.suffix == ".py" and path.is_file():
         return f" To use a function of this file: '{reward}:name_of_the_function'."
-    close = difflib.get_close_matches(reward, bundled_names(), n=1)
+    close = difflib.get_close_matches(reward.partition("?")[0].lower(), reward_names(), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -20,31 +20,38 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 class LengthReward:
     """Rewards completions near a target length: 1 at the target, falling linearly to 0 at a distance of `width` and beyond.
 
-        R = max(0, 1 - |n - target| / width)
+        R = max(0, 1 - |n - target| / width)        without a target: R = n
 
     Args:
-        target: the wanted length n, in `unit`.
-        width: the distance from the target at which the reward is 0, in `unit`; more than 0.
+        target: the wanted length, in `unit`; None: the reward is the length n itself (give it a small or a negative weight).
+        width: the distance from the target at which the reward is 0, in `unit`; more than 0. By default the target, but at least 1.
         unit: `"tokens"` (those of the policy, EOS included), `"words"` (between white space) or `"characters"`.
     """
 
-    def __init__(self, target: float, width: float, unit: Literal["tokens", "words", "characters"] = "tokens") -> None:
-        if target < 0:
+    def __init__(
+        self, target: float | None = None, width: float | None = None, unit: Literal["tokens", "words", "characters"] = "tokens"
+    ) -> None:
+        if target is not None and not target >= 0:
             raise ValueError(f"`target` must be at least 0, got {target}.")
-        if not width > 0:
+        if width is not None and not width > 0:
             raise ValueError(f"`width` must be more than 0, got {width}.")
+        if width is not None and target is None:
+            raise ValueError("`width` is the distance from a `target`, which must be given too.")
         if unit not in ("tokens", "words", "characters"):
             raise ValueError(f"`unit` must be 'tokens', 'words' or 'characters', got {unit!r}.")
-        self.target, self.width, self.unit = target, width, unit
+        self.target, self.unit = target, unit
+        self.width = max(target or 0.0, 1.0) if width is None else width
 
     def __call__(self, completions: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> list[float]:
-        """Returns one reward per completion, in [0, 1]."""
+        """Returns one reward per completion: from 0 to 1, without a target its length."""
         if self.unit == "tokens":
             lengths = [len(ids) for ids in completion_ids]
         elif self.unit == "words":
             lengths = [len(completion_text(completion).split()) for completion in completions]
         else:
             lengths = [len(completion_text(completion)) for completion in completions]
+        if self.target is None:
+            return [float(length) for length in lengths]
         return [max(0.0, 1.0 - abs(length - self.target) / self.width) for length in lengths]
 
 

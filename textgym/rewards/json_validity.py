@@ -1,0 +1,79 @@
+"""Whether a completion is valid JSON, with the keys or of the schema that are asked for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
+
+from textgym.rewards.episodes import Prompt, completion_text
+from textgym.rewards.references import require_package
+
+
+class JsonReward:
+    """Rewards completions that are valid JSON (RFC 8259): `NaN` and `Infinity`, which Python would read, are not.
+
+    Args:
+        required: keys that the completion, an object then, must have.
+        schema: a JSON schema that it must fulfil, as a mapping or as the path of a file; needs the package jsonschema.
+        valid: the reward where it does.
+        invalid: the reward where it does not.
+        fenced: also take a completion that is one fenced block of Markdown (three backticks, or three and `json`).
+
+    Raises:
+        ValueError: the schema is none.
+        ImportError: a schema is given and jsonschema is not installed.
+    """
+
+    def __init__(
+        self,
+        required: Sequence[str] = (),
+        *,
+        schema: Mapping[str, Any] | str | PathLike[str] | None = None,
+        valid: float = 1.0,
+        invalid: float = 0.0,
+        fenced: bool = False,
+    ) -> None:
+        if isinstance(required, str):
+            raise ValueError(f"`required` must be a list of keys, got the string {required!r}; did you mean [{required!r}]?")
+        self.required, self.valid, self.invalid, self.fenced = tuple(required), float(valid), float(invalid), fenced
+        self._validator = None if schema is None else _validator(schema)
+
+    def __call__(self, completions: Sequence[Prompt]) -> list[float]:
+        """Returns `valid` or `invalid` for each completion."""
+        return [self.valid if self._holds(completion_text(completion).strip()) else self.invalid for completion in completions]
+
+    def _holds(self, text: str) -> bool:
+        if self.fenced and text.startswith("```") and text.endswith("```") and "\n" in text:
+            opening, _, text = text[:-3].partition("\n")
+            if opening not in ("```", "```json"):
+                return False
+        try:
+            value = json.loads(text, parse_constant=_refuse)
+        except (ValueError, RecursionError):  # a long run of "[" is deeper than Python's stack
+            return False
+        if self.required and not (isinstance(value, dict) and all(key in value for key in self.required)):
+            return False
+        return self._validator is None or bool(self._validator.is_valid(value))
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _validator(schema: Mapping[str, Any] | str | PathLike[str]) -> Any:
+    """Returns jsonschema's validator of a schema, after checking that it is one."""
+    require_package("jsonschema", "jsonschema", "json", extra=None)
+    import jsonschema
+
+    if not isinstance(schema, Mapping):
+        try:
+            schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`schema` must be a JSON schema or a file with one, and {schema} cannot be read: {error}.") from error
+    cls = jsonschema.validators.validator_for(schema)
+    try:
+        cls.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"`schema` must be a JSON schema: {error.message}.") from error
+    return cls(schema)
