@@ -1,7 +1,7 @@
 """`Agent`: what every learner shares on Stable-Baselines3's `BaseAlgorithm`: optimiser, generators, steps, logs, saving and loading.
 
-    Agent ── OnlineAgent    samples, is paid by an environment, learns      PPO, REINFORCE, ...
-         └── OfflineAgent   learns from examples                            SFT, DPO, ...
+    Agent ── OnlineAgent      samples, is paid by an environment, learns    PPO, REINFORCE, ...
+         └── OfflineLearner   learns from examples                          SFT, DPO, ..., and a reward model
 
 Both are abstract; an algorithm is a final subclass of one of them.
 """
@@ -10,10 +10,10 @@ import sys
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,11 +32,35 @@ from textgym.agents.common.schedules import as_schedule
 from textgym.agents.policy import CausalLMPolicy
 
 
+class Trainable(Protocol):
+    """What an agent asks of the model that it trains."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def to(self, device: Any) -> Any:
+        """Moves it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters; those that require no gradient are not trained."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Writes it as transformers reads it."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *, device: Any = "auto", **settings: Any) -> Any:
+        """Reads what `save_pretrained` wrote; `settings` are those of `loading_arguments`."""
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` must be told besides the folder to get the same again, as JSON types."""
+
+
 class Agent(BaseAlgorithm):
-    """A language model that learns.
+    """A model that learns.
 
     Args:
-        policy: the `CausalLMPolicy` to train, in place.
+        policy: the model to train, in place: a `CausalLMPolicy`, or what the class names in `trains`.
         learning_rate: a number or an SB3 schedule (a function of the progress remaining, 1 → 0).
         reference: π_ref; None where the algorithm has none.
         critic: the value function of algorithms that have one, see `Critic.build`.
@@ -46,7 +70,9 @@ class Agent(BaseAlgorithm):
         ValueError: an argument breaks one of the rules above.
     """
 
-    policy: CausalLMPolicy  # type: ignore[assignment]
+    policy: Trainable  # type: ignore[assignment]
+    trains: ClassVar[type[Any]] = CausalLMPolicy  # a `Trainable`
+    trained: ClassVar[str] = "policy"  # what error messages call it
     # Constructor arguments that a checkpoint stores, and attributes of the same names; each class lists its own.
     saved_arguments: ClassVar[tuple[str, ...]] = (
         "learning_rate",
@@ -60,7 +86,7 @@ class Agent(BaseAlgorithm):
 
     def __init__(
         self,
-        policy: CausalLMPolicy,
+        policy: Any,
         learning_rate: float | Schedule,
         *,
         reference: Any,
@@ -70,17 +96,16 @@ class Agent(BaseAlgorithm):
     ) -> None:
         if not callable(learning_rate):
             check_number("learning_rate", learning_rate, 0)
-        if not isinstance(policy, CausalLMPolicy):
-            raise ValueError(
-                f"`policy` must be a CausalLMPolicy, got {type(policy).__name__}. Make one with `CausalLMPolicy(model, tokenizer)`."
-            )
-        if policy.mask is not None:
+        if not isinstance(policy, self.trains):
+            kind = self.trains.__name__
+            raise ValueError(f"`{self.trained}` must be a {kind}, got {type(policy).__name__}. Make one with `{kind}(model, tokenizer)`.")
+        if isinstance(policy, CausalLMPolicy) and policy.mask is not None:
             raise ValueError("`policy` must not carry a mask, got that of another agent. Take it off with `policy.mask = None`.")
         if settings["device"] != "auto":
             policy.to(settings["device"])
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if settings["seed"] is None else settings["seed"]
         super().__init__(
-            policy=type(policy),  # type: ignore[arg-type]
+            policy=type(policy),
             env=None,
             learning_rate=learning_rate,
             stats_window_size=settings["stats_window_size"],
@@ -117,7 +142,7 @@ class Agent(BaseAlgorithm):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The policy's parameters, and in a second group the critic's where the algorithm has one."""
-        modules = [self.policy, *([self.critic] if self.critic is not None else [])]
+        modules: list[Any] = [self.policy, *([self.critic] if self.critic is not None else [])]
         return [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:

@@ -1,56 +1,33 @@
-"""`OfflineAgent`: the loop of every agent that learns from examples: nothing is sampled and no environment is needed.
-
-    learn: while tokens are left:  take examples → callbacks → one optimiser step → evaluate → log
+"""`OfflineAgent`: a language model that learns from texts: how its examples are read, tokenised and scored. `OfflineLearner` has the loop.
 
 An algorithm is a final subclass that reads its rows (`parse`) and says what its loss is on a minibatch of them (`minibatch_loss`).
 """
 
-import time
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias, Unpack
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.base import Agent
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet
 from textgym.agents.common.offline_rows import Example, read_examples
 from textgym.agents.common.offline_tokens import tokenise
-from textgym.agents.common.options import CommonOptions, with_common_defaults
+from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.packing import check_packing, score_packed
+from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, OfflineLearner, Share
 from textgym.agents.policy import CausalLMPolicy
 from textgym.feedback.records import Record
 
-SCORED_AT_ONCE = 32  # completions per pass of the reference, where `micro_batch_size` is not given
-
-Metrics: TypeAlias = dict[str, Tensor]
-
-
-class Share(NamedTuple):
-    """What a micro-batch adds to its minibatch: the shares of all micro-batches sum up to the minibatch's numbers.
-
-    Attributes:
-        loss: scalar with gradient.
-        metrics: by log key, scalars without gradient.
-    """
-
-    loss: Tensor
-    metrics: Metrics
-
+__all__ = ["Metrics", "MicroBatchShare", "OfflineAgent", "Share"]
 
 MicroBatchShare: TypeAlias = Callable[[ExampleBatch], Share]
 
 
-class OfflineAgent(Agent):
+class OfflineAgent(OfflineLearner):
     """A language model that learns from examples.
 
     Args:
@@ -71,10 +48,11 @@ class OfflineAgent(Agent):
         ValueError: an argument breaks one of the rules above.
     """
 
+    policy: CausalLMPolicy  # type: ignore[assignment]
     reference: CausalLMPolicy | None
-    argument: ClassVar[str] = "examples"  # what error messages call them
+    examples: ExampleSet | None
     loss_has_reference: ClassVar[bool] = True
-    saved_arguments: ClassVar[tuple[str, ...]] = ("n_epochs", "batch_size", "append_eos", "max_tokens", "packing")
+    saved_arguments: ClassVar[tuple[str, ...]] = ("append_eos", "max_tokens", "packing")
 
     def __init__(
         self,
@@ -90,8 +68,6 @@ class OfflineAgent(Agent):
         packing: bool = False,
         **options: Unpack[CommonOptions],
     ) -> None:
-        check_count("n_epochs", n_epochs, "passes")
-        check_count("batch_size", batch_size, "examples")
         if max_tokens is not None:
             check_count("max_tokens", max_tokens, "tokens")
         if reference is not None and not isinstance(reference, CausalLMPolicy):
@@ -99,13 +75,8 @@ class OfflineAgent(Agent):
                 f"`reference` must be a CausalLMPolicy, got {type(reference).__name__}. Make one with `CausalLMPolicy(model, tokenizer)."
                 "reference()`."
             )
-        self.n_epochs, self.batch_size = n_epochs, batch_size
         self.append_eos, self.max_tokens, self.packing = append_eos, max_tokens, packing
-        self.examples: ExampleSet | None = None
-        self.order: ItemOrder | None = None
-        self._saved_position: dict[str, Any] | None = None
-        self._last_metrics: dict[str, float] = {}
-        super().__init__(policy, learning_rate, reference=reference, settings=with_common_defaults(options))
+        super().__init__(policy, learning_rate, n_epochs=n_epochs, batch_size=batch_size, reference=reference, **options)
         if policy.sampling.truncates:
             raise ValueError(
                 f"`policy` must not truncate its distribution (top_k, top_p, min_p), got {policy.sampling}: the tokens of an example need "
@@ -122,14 +93,6 @@ class OfflineAgent(Agent):
         """Reads one row; what it lacks is a `ValueError` that calls it `where`."""
 
     # -- examples ---------------------------------------------------------------------------------------------------
-
-    def connect(self, source: Any) -> None:
-        """Takes examples; if they are those of the checkpoint that this agent was loaded from, it goes on where that stopped."""
-        self.examples = self.read(source)
-        self.order = ItemOrder(len(self.examples), self.item_generator)
-        if self._saved_position is not None and self._saved_position["fingerprint"] == self.examples.fingerprint():
-            self.order.load_state_dict(self._saved_position["order"])
-        self._saved_position = None
 
     def read(self, source: Any) -> ExampleSet:
         """Reads and tokenises examples.
@@ -162,135 +125,21 @@ class OfflineAgent(Agent):
     def check_examples(self, examples: ExampleSet) -> None:
         """Raises a `ValueError` where the algorithm's settings do not suit these examples; a hook."""
 
-    def connected(self) -> tuple[ExampleSet, ItemOrder]:
-        """Returns the examples and their order; none is an error."""
-        if self.examples is None or self.order is None:
-            name, kind = self.argument, type(self).__name__
-            raise ValueError(f"This {kind} has no {name}; give it some with `connect({name})` or `load(path, {name})`.")
-        return self.examples, self.order
-
-    def position(self) -> dict[str, Any] | None:
-        """Where the agent stands in its examples, and which they are; the examples themselves are not stored."""
-        if self.examples is None or self.order is None:
-            return self._saved_position
-        return {"fingerprint": self.examples.fingerprint(), "order": self.order.state_dict()}
-
-    def restore_position(self, state: dict[str, Any]) -> None:
-        """Goes on where a checkpoint stopped, or will once its examples are connected."""
-        self.item_generator.bit_generator.state = state["order"]["generator"]
-        if self.examples is None or self.order is None:
-            self._saved_position = state
-            return
-        if self.examples.fingerprint() != state["fingerprint"]:
-            saved, found = state["fingerprint"], self.examples.fingerprint()
-            raise ValueError(
-                f"`{self.argument}` must be those that the checkpoint was trained on, {saved['num_items']} with {saved['tokens']} tokens, "
-                f"got {found['num_items']} with {found['tokens']} tokens, or others. To train on those, load without and call `connect`."
-            )
-        self.order.load_state_dict(state["order"])
-
-    # -- the loop ---------------------------------------------------------------------------------------------------
-
-    def learn(
-        self,
-        total_timesteps: int | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 10,
-        tb_log_name: str | None = None,
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Trains on the examples.
-
-        Args:
-            total_timesteps: completion tokens to train on, those of every completion of an example counted, prompts and padding not (a
-                lower bound: whole steps are taken). None: until `n_epochs` passes are done, those of a resumed run included.
-            callback: SB3 callback(s); `_on_step` runs once per optimiser step, and `False` stops before the update.
-            log_interval: steps between two rows of the log, which are means over them.
-            tb_log_name: name of the TensorBoard run (default: the class name).
-            reset_num_timesteps: False goes on counting, and continues a schedule.
-            progress_bar: show the loss, tokens per second and time left.
-
-        Returns:
-            self
-        """
-        examples, order = self.connected()
-        if total_timesteps is None:
-            done = 0 if reset_num_timesteps else self.num_timesteps
-            total_timesteps = self.n_epochs * int(examples.num_tokens.sum()) - done
-            if total_timesteps <= 0:
-                raise ValueError(f"`total_timesteps` must be given: the {self.n_epochs} passes of `n_epochs` are done.")
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
-        )
+    def prepare(self, examples: ExampleSet) -> None:
+        """Works out log π_ref(y|x) of every completion, once."""
         self.add_reference(examples)
-        callback.on_training_start({"self": self, "total_timesteps": total_timesteps}, {})
-        iteration = 0
-        while self.num_timesteps < total_timesteps:
-            callback.on_rollout_start()
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            rows = torch.from_numpy(self._next_examples(order))
-            self.num_timesteps += int(examples.num_tokens[rows].sum())
-            callback.update_locals({"rows": rows})
-            if not callback.on_step():
-                break
-            callback.on_rollout_end()
-            iteration += 1
-            self._set_learning_rates()
-            self.train(rows)
-            self.logger.record("train/epoch", self.num_timesteps / int(examples.num_tokens.sum()))
-            if self.evaluation is not None:
-                self.evaluation.after_iteration(self)
-            if log_interval and iteration % log_interval == 0:
-                self.dump_logs(iteration)
-        if log_interval and iteration % log_interval:
-            self.dump_logs(iteration)
-        callback.on_training_end()
-        return self
 
-    def _next_examples(self, order: ItemOrder) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Returns the examples of the next step: what is left of a pass, shared out evenly over the steps that it takes."""
-        left = order.left or order.num_items
-        steps = -(-left // self.batch_size)
-        return order.take(-(-left // steps))
-
-    def train(self, rows: Tensor) -> None:
-        """One optimiser step on the examples `rows`, in micro-batches whose losses add up to that of all."""
-        examples, _ = self.connected()
-        metrics: dict[str, float] = {}
-
-        def losses() -> Iterator[Tensor]:
-            for share in self._shares(examples, rows, self.micro_batch_size or len(rows)):
-                _add(metrics, share)
-                yield share.loss
-
-        self.step(losses())
-        self._last_metrics = metrics
-        for name, value in metrics.items():
-            self.logger.record_mean(name, value)
-
-    def _shares(self, examples: ExampleSet, rows: Tensor, size: int) -> Iterator[Share]:
-        share_of = self.minibatch_loss(examples, rows)
-        for micro_rows in rows.split(size):
-            yield share_of(examples.select(micro_rows, self.policy.device))
-
-    @abstractmethod
-    def minibatch_loss(self, examples: ExampleSet, rows: Tensor) -> MicroBatchShare:
-        """Prepares the loss of a minibatch, the examples `rows`; what is returned gives the share of each of its micro-batches."""
-
-    @torch.no_grad()
     def evaluate(self, examples: Any) -> dict[str, float]:
         """Returns the loss and the other numbers of `train`, by log key, on examples that are not trained on.
 
         Args:
             examples: as in the constructor, or what `read` returned, which saves reading them again.
         """
-        held_out = examples if isinstance(examples, ExampleSet) else self.read(examples)
-        self.add_reference(held_out)
-        metrics: dict[str, float] = {}
-        for share in self._shares(held_out, torch.arange(len(held_out)), self.micro_batch_size or SCORED_AT_ONCE):
-            _add(metrics, share)
-        return metrics
+        return self.numbers_on(examples if isinstance(examples, ExampleSet) else self.read(examples))
+
+    @abstractmethod
+    def minibatch_loss(self, examples: ExampleSet, rows: Tensor) -> MicroBatchShare:
+        """Prepares the loss of a minibatch, the examples `rows`; what is returned gives the share of each of its micro-batches."""
 
     # -- scores -----------------------------------------------------------------------------------------------------
 
@@ -311,47 +160,3 @@ class OfflineAgent(Agent):
             batch = examples.completion_batch(places, self.policy.device)
             found[torch.from_numpy(places)] = self.score(self.reference, batch).sum(1).cpu()
         examples.reference_log_probs = found
-
-    # -- what SB3 expects of an algorithm with an environment ---------------------------------------------------------
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        """SB3's, without the environment that it resets."""
-        self.start_time = time.time_ns()
-        if self.ep_info_buffer is None or reset_num_timesteps:
-            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
-        if reset_num_timesteps:
-            self.num_timesteps = 0
-        else:
-            total_timesteps += self.num_timesteps
-        self._total_timesteps, self._num_timesteps_at_start = total_timesteps, self.num_timesteps
-        if not self._custom_logger:
-            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
-        return total_timesteps, self._init_callback(callback, progress_bar)
-
-    def get_env(self) -> VecEnv | None:
-        """Raises: there is no environment. SB3's callbacks that need one come here."""
-        raise ValueError(
-            f"{type(self).__name__} learns from {self.argument} and has no environment; a callback that needs one cannot be used. "
-            "To measure in an environment during training pass `evaluation=Evaluation(env)`."
-        )
-
-    def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """Raises: there is no environment to exchange."""
-        self.get_env()
-
-    def progress_text(self, shown: dict[str, Any]) -> str:
-        """What the progress bar says: the loss of the last step, and its accuracy where there is one."""
-        names = {"train/loss": "loss", "rewards/accuracies": "accuracy"}
-        return "  ".join(f"{short} {self._last_metrics[key]:.3f}" for key, short in names.items() if key in self._last_metrics)
-
-
-def _add(metrics: dict[str, float], share: Share) -> None:
-    for name, value in {"train/loss": share.loss, **share.metrics}.items():
-        metrics[name] = metrics.get(name, 0.0) + float(value.detach())

@@ -60,6 +60,7 @@ class OnlineAgent(Agent):
         ValueError: an argument breaks one of the rules above.
     """
 
+    policy: CausalLMPolicy
     env: VecEnv | None
     kl_in_reward: ClassVar[bool] = True
     saved_arguments: ClassVar[tuple[str, ...]] = (

@@ -128,6 +128,10 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def loading_arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` must be told to get the same distribution again from what `save_pretrained` wrote."""
+        return dataclasses.asdict(self.sampling)
+
     def reference(self) -> "CausalLMPolicy":
         """Returns a frozen copy; for a LoRA policy, the same weights with the adapter off, which needs no copy."""
         if self.is_adapter:

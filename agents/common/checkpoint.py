@@ -1,7 +1,7 @@
 """An agent as a folder: weights and optimiser in safetensors, everything else in JSON. Nothing is pickled.
 
 agent.json              class, constructor arguments, counters, schedules, generators' states
-model/                  the policy and its tokenizer, readable by transformers
+model/                  the policy (or reward model) and its tokenizer, readable by transformers
 reference/              the frozen reference (absent where it is the policy with its adapter off)
 critic/                 the value function, where there is one
 optimizer.safetensors   the optimiser's tensors
@@ -11,7 +11,6 @@ extra.safetensors       further tensors of the algorithm (a replay, a target net
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +26,7 @@ from textgym.kl import AdaptiveKLController
 if TYPE_CHECKING:
     from textgym.agents.base import Agent
 
-FORMAT = 1
+FORMAT = 2
 EXTRA_FILE = "extra.safetensors"
 AgentT = TypeVar("AgentT", bound="Agent")
 
@@ -77,7 +76,8 @@ def _reference_kind(agent: "Agent") -> str:
         return "none"
     if not isinstance(agent.reference, CausalLMPolicy):
         return "given"
-    return "adapter_off" if agent.reference.model is agent.policy.model else "saved"
+    policy: Any = agent.policy
+    return "adapter_off" if agent.reference.model is policy.model else "saved"
 
 
 def _arguments(agent: "Agent") -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _state(agent: "Agent") -> dict[str, Any]:
         "position": agent.position(),
         "minibatches": agent.minibatch_generator.bit_generator.state,
         "evaluation": None if agent.evaluation is None else agent.evaluation.state_dict(),
-        "sampling": asdict(agent.policy.sampling),
+        "model": agent.policy.loading_arguments(),
         "extra": agent.extra_state(),
     }
 
@@ -144,13 +144,13 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
     missing = [name for name in document["arguments"]["functions"] if name not in changes]
     if missing:
         raise ValueError(f"{path} was saved with functions for {missing}, which a checkpoint cannot hold; pass them to `load` again.")
-    sampling = document["state"]["sampling"]
-    policy = CausalLMPolicy.from_pretrained(path / "model", device=device, **sampling)
+    settings = document["state"]["model"]
+    policy = cls.trains.from_pretrained(path / "model", device=device, **settings)
     if "reference" not in changes:
         if document["reference"] == "given":
             raise ValueError(f"{path} was saved with a `reference` of your own class; pass it to `load` again.")
         if document["reference"] == "saved":
-            changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **sampling).reference()
+            changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **settings).reference()
     if (path / "critic").is_dir():
         changes["critic"] = Critic.load(path / "critic", policy)
     make: Any = cls  # the constructors of online and offline agents differ behind their second argument

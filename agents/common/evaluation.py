@@ -110,13 +110,14 @@ class Evaluation:
         self.iterations = 0
         self.last: EvaluationResult | None = None
 
-    def after_iteration(self, agent: "Agent") -> None:
-        """Called by the agent after each of its iterations."""
+    def after_iteration(self, agent: "Agent") -> bool:
+        """Called by the agent after each of its iterations; returns whether training shall stop, which this one never wants."""
         self.iterations += 1
         if self.iterations % self.interval == 0:
             self.run(agent)
+        return False
 
-    def run(self, agent: "Agent") -> EvaluationResult:
+    def run(self, agent: Any) -> EvaluationResult:
         """Evaluates now, logs, and saves the model if it is the best so far."""
         result = evaluate_policy(agent.policy, self.env, agent.reference, episodes=self.episodes, seed=self.seed)
         self.last = result

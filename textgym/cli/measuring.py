@@ -45,7 +45,7 @@ def true_rewards(result: EvaluationResult, true_name: str) -> float:
     return float(np.nanmean([info["rewards"][true_name] for info in result.infos]))
 
 
-def measure(agent: "Agent", environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
+def measure(agent: Any, environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
     """Returns the means and one row per episode: prompt, completion, finish_reason, rewards and KL."""
     result = evaluate_policy(agent.policy, environment, agent.reference, episodes=EPISODES, seed=SEED)
     held_out = agent.evaluation.held_out_numbers(agent) if isinstance(agent.evaluation, OfflineEvaluation) else {}
@@ -107,15 +107,16 @@ class OfflineEvaluation(MeasuredEvaluation):
         super().__init__(env, true_name, interval, best_model_path, max_kl)
         self.held_out, self.rewarded = held_out, rewarded
 
-    def after_iteration(self, agent: "Agent") -> None:
+    def after_iteration(self, agent: "Agent") -> bool:
         """See `Evaluation`."""
         self.iterations += 1
         if self.iterations % self.interval:
-            return
+            return False
         if self.rewarded:
             self.run(agent)
         for name, value in self.held_out_numbers(agent).items():
             agent.logger.record(name, value)
+        return False
 
     def held_out_numbers(self, agent: Any) -> dict[str, float]:
         """Returns loss and accuracy on the held-out examples, by log key."""
