@@ -57,14 +57,14 @@ def zero_outside(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
-def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Returns the sum of `values` where `mask` is True, over all elements or over `dim`."""
     check_same_shape(values=values, mask=mask)
     kept = zero_outside(values, mask)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Returns the mean of `values` where `mask` is True, over all elements or over `dim`; 0 where nothing is True."""
     count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
