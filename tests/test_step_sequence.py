@@ -19,8 +19,10 @@ import textgym
 from textgym.rewards import token_level
 from textgym.sequences import one_pass
 from textgym.types import SequenceResult
-from textgym.wrappers import KLShaping
+from textgym.wrappers import ClipReward, KLShaping, NormalizeReward, RunningMoments
+from textgym.wrappers.vector import ClipReward as VectorClipReward
 from textgym.wrappers.vector import KLShaping as VectorKLShaping
+from textgym.wrappers.vector import NormalizeReward as VectorNormalizeReward
 
 N, T, V, EOS = 4, 5, 12, 1
 MODES = list(AutoresetMode)
@@ -264,10 +266,20 @@ def shaped_row(tabular_policy: Any) -> Callable[[Any], Any]:
     return lambda env: KLShaping(env, policy, reference, beta=0.3)
 
 
+# A loop that steps on through resets sees episodes that a walk does not, so the statistics stand still here; see `test_rewards.py` for
+# statistics that move.
+RETURNS = RunningMoments.of([1.0, 4.0, 2.5])
+CLIPPED = functools.partial(VectorClipReward, min_reward=0.2, max_reward=1.5)
+NORMALISED = functools.partial(VectorNormalizeReward, clip=1.2, statistics=RETURNS, frozen=True)
+CLIPPED_ROW = functools.partial(ClipReward, min_reward=0.2)
+NORMALISED_ROW = functools.partial(NormalizeReward, clip=1.2, statistics=RETURNS, frozen=True)
+
+
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_bundled_stacks_in_one_pass(mode: AutoresetMode, limit: int | None, shaped: Any) -> None:
-    for layers in ([], [shaped]):
+    stacks = [[], [shaped], [CLIPPED], [NORMALISED], [NORMALISED, CLIPPED, shaped], [CLIPPED, shaped, NORMALISED]]
+    for layers in stacks:
         make_envs = functools.partial(make, "native", mode, batched=layers, max_episode_steps=limit)
         assert one_pass(make_envs())
         compare(make_envs)
@@ -282,7 +294,9 @@ def test_users_vector_wrappers(wrapper: Any, mode: AutoresetMode, shaped: Any) -
         compare(make_envs, rounds=3)
 
 
-@pytest.mark.parametrize("wrapper", [Doubled, Hidden, Turned, Early, RecordEpisodeStatistics, lambda env: TimeLimit(env, 3)])
+@pytest.mark.parametrize(
+    "wrapper", [Doubled, Hidden, Turned, Early, RecordEpisodeStatistics, lambda env: TimeLimit(env, 3), CLIPPED_ROW, NORMALISED_ROW]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_users_single_wrappers_under_sync(wrapper: Any, mode: AutoresetMode, shaped: Any, shaped_row: Any) -> None:
     compare(functools.partial(make, "sync", mode, single=[wrapper]), rounds=3)
@@ -315,8 +329,10 @@ def test_users_wrappers_under_async(kind: str, mode: AutoresetMode, shaped: Any)
         looped.close()
 
 
-SINGLE: Layers = [Doubled, Hidden, Turned, Early, RecordEpisodeStatistics, functools.partial(TimeLimit, max_episode_steps=3)]
-BATCHED: Layers = [Scaled, Bonus, Other, Swapped, Stop, functools.partial(vector_wrappers.RecordEpisodeStatistics, stats_key="batched")]
+RECORDED = functools.partial(vector_wrappers.RecordEpisodeStatistics, stats_key="batched")
+LIMITED = functools.partial(TimeLimit, max_episode_steps=3)
+SINGLE: Layers = [Doubled, Hidden, Turned, Early, RecordEpisodeStatistics, LIMITED, CLIPPED_ROW, NORMALISED_ROW]
+BATCHED: Layers = [Scaled, Bonus, Other, Swapped, Stop, RECORDED, CLIPPED, NORMALISED]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -328,7 +344,7 @@ def test_any_stack(data: st.DataObject, sequence_policy: Any, tabular_policy: An
     single = data.draw(st.lists(st.sampled_from(SINGLE), max_size=3, unique=True)) if kind == "sync" else []
     if kind == "sync" and mode == AutoresetMode.DISABLED:
         # `SyncVectorEnv` takes the reset mask out of the options, and this wrapper then forgets the rows that were not reset.
-        batched = [layer for layer in batched if layer is not BATCHED[-1]]
+        batched = [layer for layer in batched if layer is not RECORDED]
     cls = data.draw(st.sampled_from([sequence_policy, tabular_policy]))
     policy, reference = cls(1), cls(2)
     place = data.draw(st.sampled_from(["nowhere", "batched", "single"]))

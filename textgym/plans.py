@@ -106,7 +106,7 @@ def _is_transparent_batched(layer: Any) -> bool:
     if isinstance(layer, VectorRewardWrapper):
         return definer(type(layer), "step") is VectorRewardWrapper and definer(type(layer), "reset") is VectorWrapper
     if isinstance(layer, VectorWrapper):
-        return type(layer) in _TRANSPARENT_BATCHED or callable(getattr(layer, "prime", None))
+        return type(layer) in _TRANSPARENT_BATCHED or callable(getattr(layer, "prime", None)) or _changes_rewards_only(layer)
     return bool(getattr(layer, "is_transparent", True))
 
 
@@ -117,8 +117,17 @@ def _is_transparent(layer: gym.Env) -> bool:
     if isinstance(layer, gym.Wrapper):
         # Stable-Baselines3's `Monitor` by name, so as not to import it (and torch).
         named = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        return type(layer) in _TRANSPARENT or named == "stable_baselines3.common.monitor.Monitor"
+        return type(layer) in _TRANSPARENT or named == "stable_baselines3.common.monitor.Monitor" or _changes_rewards_only(layer)
     return True
+
+
+def _changes_rewards_only(layer: Any) -> bool:
+    """Is a layer of a class that says so, and did no class derived from it change how it steps?"""
+    cls = type(layer)
+    if not getattr(cls, "changes_rewards_only", False):
+        return False
+    owner = definer(cls, "changes_rewards_only")
+    return definer(cls, "step") is owner and definer(cls, "reset") is owner
 
 
 def _check_range(envs: VectorEnv[Any, Any, Any], actions: npt.NDArray[Any], mask: BoolArray) -> None:

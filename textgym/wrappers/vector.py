@@ -1,20 +1,27 @@
-"""KL shaping of a vector environment: one call of the policies per step for all rows, or one per whole walk."""
+"""The wrappers of vector environments.
+
+KL shaping makes one call of the policies per step for all rows, or one per whole walk. `ClipReward` and `NormalizeReward` are those of
+`textgym.wrappers.vector_rewards`.
+"""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv, VectorWrapper
 
 from textgym import sequences
 from textgym.kl import AdaptiveKLController, Schedule
 from textgym.plans import checked_plan
 from textgym.stacks import layers
 from textgym.types import BoolArray, Info, SequenceResult
-from textgym.vector_infos import put
 from textgym.wrappers.kl_shaping import KLShaping as SingleKLShaping
 from textgym.wrappers.scoring import DoubleArray
 from textgym.wrappers.shaping import ShapingState
+from textgym.wrappers.turns import RowTurns
+from textgym.wrappers.vector_rewards import ClipReward, NormalizeReward
+
+__all__ = ["ClipReward", "KLShaping", "NormalizeReward"]
 
 
 class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
@@ -47,10 +54,8 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         super().__init__(env)
         if any(isinstance(layer, KLShaping | SingleKLShaping) for layer in layers(env)):
             raise ValueError("`env` is KL-shaped already: a second penalty would count the log-ratio twice. Set `beta` on the one it has.")
-        self._autoreset_mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.state = ShapingState(env.num_envs, policy, reference, beta, full_kl)
-        self._ended = np.ones(env.num_envs, dtype=np.bool_)
-        self._held = np.zeros(env.num_envs, dtype=np.bool_)
+        self._turns = RowTurns(env)
 
     @property
     def policy(self) -> Any:
@@ -86,12 +91,8 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
         """Resets the environment (or the rows of `options["reset_mask"]`) and starts new accounts for the rows that were reset."""
-        rows = np.ones(self.num_envs, dtype=np.bool_)
-        if options is not None:
-            rows = np.array(options.get("reset_mask", rows))
-            options = dict(options)  # the environment takes the mask out of it, which a wrapper above may still want to read
+        rows, options = self._turns.reset(options)
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
-        self._held[rows], self._ended[rows] = False, False
         self.state.begin(rows, observations)
         return observations, infos
 
@@ -99,19 +100,13 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         """Steps the environment and takes β times the log-ratio off the reward of each row that acted."""
         self.state.require_policies()
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
-        restarted = ~self._held & self._ended
-        if self._autoreset_mode != AutoresetMode.NEXT_STEP:
-            restarted[:] = False
-        acted = ~self._held & ~restarted
-        scores = self.state.score(np.asarray(actions), acted)
-        shaped, log_ratio = self.state.account(np.asarray(rewards, dtype=np.float64), scores, acted)
-        ended = np.logical_or(terminated, truncated) & acted
-        infos = self._add_keys(infos, {"unshaped_reward": np.asarray(rewards, dtype=np.float64), "log_ratio": log_ratio}, acted, ended)
-        self._ended = ended | (self._ended & self._held)
-        if self._autoreset_mode == AutoresetMode.SAME_STEP:
-            restarted, self._ended = ended, self._ended & self._held
-        if restarted.any():
-            self.state.begin(restarted, observations)
+        turn = self._turns.step(terminated, truncated)
+        scores = self.state.score(np.asarray(actions), turn.acted)
+        unshaped = np.asarray(rewards, dtype=np.float64)
+        shaped, log_ratio = self.state.account(unshaped, scores, turn.acted)
+        infos = self._turns.add_keys(infos, turn, {"unshaped_reward": unshaped, "log_ratio": log_ratio}, self.state.episode())
+        if turn.restarted.any():
+            self.state.begin(turn.restarted, observations)
         else:
             self.state.see(observations)
         return observations, shaped, terminated, truncated, infos
@@ -122,7 +117,7 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         Args:
             mask: (N,) True for the rows to hold; None holds none.
         """
-        self._held = np.zeros(self.num_envs, dtype=np.bool_) if mask is None else np.array(mask, dtype=np.bool_)
+        self._turns.hold(mask)
         sequences.hold_below(self.env, mask)
 
     def prime(self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None) -> None:
@@ -146,7 +141,7 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         """
         self.state.require_policies()
         plan = checked_plan(self, actions, lengths, log_probs)
-        if self._ended.any() or self.state.steps.any():
+        if self._turns.ended.any() or self.state.steps.any():
             raise ValueError(sequences.NOT_FRESH)
         scores = None
         if sequences.one_pass(self):
@@ -161,24 +156,5 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
         whole = step | {key: values.tolist() for key, values in self.state.episode().items()}
         for i, (info, ended) in enumerate(zip(result.infos, result.terminated | result.truncated, strict=True)):
             info.update({key: values[i] for key, values in (whole if ended else step).items()})
-        self._ended[:] = True
+        self._turns.ended[:] = True
         return result._replace(rewards=shaped.astype(np.float32))
-
-    def _add_keys(self, infos: Info, step: dict[str, DoubleArray], acted: BoolArray, ended: BoolArray) -> Info:
-        """Puts the step keys and, for rows that ended, the episode keys where this autoreset mode has them."""
-        infos = dict(infos)
-        episode = self.state.episode()
-        if self._autoreset_mode != AutoresetMode.SAME_STEP:
-            for key, values in step.items():
-                put(infos, key, values, acted)
-            for key, values in episode.items():
-                put(infos, key, values, ended)
-            return infos
-        for key, values in step.items():
-            put(infos, key, values, acted & ~ended)
-        if ended.any():
-            final = dict(infos.get("final_info", {}))
-            for key, values in {**step, **episode}.items():
-                put(final, key, values, ended)
-            infos["final_info"], infos["_final_info"] = final, ended | infos.get("_final_info", False)
-        return infos
