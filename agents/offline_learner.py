@@ -288,7 +288,7 @@ class OfflineLearner(Agent):
 
     def progress_text(self, shown: dict[str, Any]) -> str:
         """What the progress bar says: the loss of the last step, and its accuracy where there is one."""
-        names = {"train/loss": "loss", "rewards/accuracies": "accuracy"}
+        names = {"train/loss": "loss", "rewards/accuracies": "accuracy", "train/accuracy": "accuracy"}
         return "  ".join(f"{short} {self._last_metrics[key]:.3f}" for key, short in names.items() if key in self._last_metrics)
 
 

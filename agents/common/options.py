@@ -8,6 +8,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.common.checks import check_count, check_number
 from textgym.agents.common.evaluation import Evaluation
+from textgym.agents.common.held_out import HeldOut
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -21,7 +22,7 @@ class CommonOptions(TypedDict, total=False):
         max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
         optimizer: a function from parameters (or groups of them) to an optimiser (default Adam with eps 1e-5, detail 3 of Huang et
             al. 2022).
-        evaluation: an `Evaluation` on held-out prompts (default None).
+        evaluation: an `Evaluation` on held-out prompts, or, of learners from examples, a `HeldOut` on held-out examples (default None).
         tensorboard_log: folder of TensorBoard logs (default None).
         verbose: 1 prints the log table of each iteration (default 0).
         device: where the policy is trained; "auto" leaves it where it is (default "auto").
@@ -32,7 +33,7 @@ class CommonOptions(TypedDict, total=False):
     micro_batch_size: int | None
     max_grad_norm: float | None
     optimizer: OptimizerFactory
-    evaluation: Evaluation | None
+    evaluation: Evaluation | HeldOut | None
     tensorboard_log: str | None
     verbose: int
     device: torch.device | str
@@ -93,6 +94,8 @@ def with_defaults(options: AgentOptions) -> AgentOptions:
         if settings[name] is not None:
             check_count(name, settings[name], "completions")
     check_number("missing_eos_penalty", settings["missing_eos_penalty"])
+    if isinstance(settings["evaluation"], HeldOut):
+        raise ValueError("`evaluation` must be an Evaluation of an agent that learns from its own samples, got a HeldOut of examples.")
     return settings
 
 

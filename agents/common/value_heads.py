@@ -11,6 +11,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.scoring import Rows, lay_out, spread
+from textgym.agents.reward_model import RewardModel
+from textgym.rewards.classifier import OFFSET
 
 HEAD_FILE = "value_head.safetensors"
 TRUNK_FOLDER = "trunk"
@@ -81,15 +83,15 @@ class ValueModel(nn.Module):
         return cls(trunk, head)
 
     @classmethod
-    def from_classifier(cls, model: str | Path | PreTrainedModel, device: torch.device | str = "cpu") -> "ValueModel":
+    def from_classifier(cls, model: "str | Path | PreTrainedModel | RewardModel", device: torch.device | str = "cpu") -> "ValueModel":
         """Starts from a reward model: a sequence classifier with one label, head included, so that V(s) begins as its score of s.
 
         Args:
-            model: the classifier (copied) or its path. It must read the policy's own token ids.
+            model: the classifier or `RewardModel` (copied), or its path. It must read the policy's own token ids.
             device: where the critic goes.
         """
-        classifier: Any = model
-        if not isinstance(model, PreTrainedModel):
+        classifier: Any = model.model if isinstance(model, RewardModel) else model
+        if isinstance(model, str | Path):
             classifier = AutoModelForSequenceClassification.from_pretrained(str(model))
         score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
@@ -103,6 +105,7 @@ class ValueModel(nn.Module):
             head.output.weight.copy_(score.weight)
             if score.bias is not None:
                 head.output.bias.copy_(score.bias)
+            head.output.bias.add_(torch.tensor(getattr(classifier.config, OFFSET, None) or [0.0]))
         trunk = copy.deepcopy(classifier.base_model).requires_grad_(True)
         return cls(trunk, head).to(device)
 

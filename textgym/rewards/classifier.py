@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from textgym.errors import RewardError
-from textgym.rewards.episodes import Prompt, excerpt
+from textgym.rewards.episodes import Prompt, as_completion, excerpt
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # These pool inside `forward` by comparing ids, or at a column of the padded batch, without a head that could be applied from outside.
 _REFUSED_TYPES = frozenset({"ctrl", "modernbert-decoder", "xlnet"})
+# What `textgym.agents.RewardModel` writes into the configuration: that every token has a score, and what is added to the head's outputs
+# where the model has no parameter that adds a constant.
+PER_TOKEN, OFFSET = "reward_per_token", "reward_offset"
 
 
 def is_classifier(value: object) -> bool:
@@ -118,13 +121,15 @@ class ClassifierReward:
         import torch
 
         self._load()
-        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        pairs = zip(prompts, completions, strict=True)
+        rows = [self._checked(self.tokens(prompt, completion), prompt, completion) for prompt, completion in pairs]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a batch: little padding
         scores = [0.0] * len(rows)
         with torch.no_grad(), _evaluating(self._model):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                for row, score in zip(batch, self._score([rows[row] for row in batch]), strict=True):
+                logits = self.logits([rows[row] for row in batch])[:, self._label].float().tolist()
+                for row, score in zip(batch, logits, strict=True):
                     scores[row] = score
         return scores
 
@@ -147,7 +152,7 @@ class ClassifierReward:
             self._model = self._model.to(self.device)
         self._tokenizer = self._load_tokenizer()
         self._label = _label_index(self._model.config.num_labels, self._model.config.label2id, self.label, self.__name__)
-        self._limit = self.max_length or _longest(self._model.config, self._tokenizer)
+        self._limit = self.max_length or longest_text(self._model.config, self._tokenizer)
         if self.truncation:
             self._tokenizer = copy.deepcopy(self._tokenizer)  # the side is a setting of the user's object
             self._tokenizer.truncation_side = "left"
@@ -171,21 +176,28 @@ class ClassifierReward:
                 "give it: ClassifierReward(model, tokenizer)."
             ) from error
 
-    def _encode(self, prompt: Prompt, completion: Prompt) -> list[int]:
-        text, special = self._text(prompt, completion)
+    def tokens(self, prompt: Prompt, completion: Prompt) -> list[int]:
+        """Returns the tokens of a prompt with its completion, however many; a text without any is a `RewardError`."""
+        self._load()
+        text, special = self.text(prompt, completion)
         cut = {"truncation": True, "max_length": self._limit} if self.truncation and self._limit is not None else {}
-        # verbose=False: the tokenizer would warn of a length that the check below turns into an error
+        # verbose=False: the tokenizer would warn of a length that `_checked` turns into an error
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"]
         if not ids:
             raise RewardError(f"reward `{self.__name__}`: the text {excerpt(text)} has no tokens, so there is no last token to score.")
+        return ids
+
+    def _checked(self, ids: list[int], prompt: Prompt, completion: Prompt) -> list[int]:
+        """Returns `ids`; too many for the model are a `RewardError`."""
         if self._limit is not None and len(ids) > self._limit:
             raise RewardError(
-                f"reward `{self.__name__}`: the text {excerpt(text)} has {len(ids)} tokens of the classifier's tokenizer, more than the "
-                f"{self._limit} it can read; shorten prompts or completions, or use ClassifierReward(..., truncation=True)."
+                f"reward `{self.__name__}`: the text {excerpt(self.text(prompt, completion)[0])} has {len(ids)} tokens of the classifier's "
+                f"tokenizer, more than the {self._limit} it can read; shorten prompts or completions, or use "
+                "ClassifierReward(..., truncation=True)."
             )
         return ids
 
-    def _text(self, prompt: Prompt, completion: Prompt) -> tuple[str, bool]:
+    def text(self, prompt: Prompt, completion: Prompt) -> tuple[str, bool]:
         """Returns the text of a row, and whether its special tokens are still to be added."""
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion, self.add_special_tokens
@@ -194,31 +206,62 @@ class ClassifierReward:
                 f"reward `{self.__name__}`: the prompts are conversations, but the classifier's tokenizer has no chat template; "
                 "set `tokenizer.chat_template` or use prompts that are strings."
             )
-        return self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), False
+        answer = as_completion(prompt, completion) if isinstance(completion, str) else completion
+        return self._tokenizer.apply_chat_template([*prompt, *answer], tokenize=False), False
 
-    def _score(self, rows: list[list[int]]) -> list[float]:
-        """Returns the logits of one batch of encoded texts."""
-        import torch
-
-        device = self._model.device
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), _filler(self._model, self._tokenizer))  # (B, L), right-padded
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return self._logits(ids.to(device), mask.to(device), lengths.to(device))[:, self._label].float().tolist()
-
-    def _logits(self, ids: "torch.Tensor", mask: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
-        """Returns the logits of every label, (B, labels)."""
-        import torch
-
-        if not isinstance(getattr(self._model, "score", None), torch.nn.Module):  # an encoder, with a head of its own
-            logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask).logits
+    def logits(self, rows: Sequence[Sequence[int]]) -> "torch.Tensor":
+        """Returns the logits of every label of encoded texts, (B, labels), in one pass; with gradient where that is enabled."""
+        self._load()
+        ids, lengths = right_padded(rows, _filler(self._model, self._tokenizer), self._model.device)
+        if not has_score_head(self._model):  # an encoder, with a head of its own
+            logits: torch.Tensor = self._model(input_ids=ids, attention_mask=attention_mask(ids, lengths)).logits
             return logits
-        hidden = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, L, H)
-        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths.to(hidden.device) - 1]  # (B, H)
-        scores: torch.Tensor = self._model.score(last)
-        return scores
+        hidden = hidden_states(self._model, ids, lengths)
+        return head_scores(self._model, hidden[_range(lengths), lengths - 1])
+
+
+def right_padded(rows: Sequence[Sequence[int]], filler: int, device: Any) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Returns id lists as (B, L) int64 with `filler` behind their ends, and their lengths (B,)."""
+    import torch
+
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), filler)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids.to(device), lengths.to(device)
+
+
+def attention_mask(ids: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
+    """Returns what a right-padded batch (B, L) hides of its ends, (B, L) of 0 and 1."""
+    import torch
+
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def has_score_head(model: Any) -> bool:
+    """Returns whether a classifier is a decoder whose head can be applied to any hidden state."""
+    import torch
+
+    return isinstance(getattr(model, "score", None), torch.nn.Module)
+
+
+def hidden_states(model: Any, ids: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
+    """Returns the last hidden states of a decoder on a right-padded batch, (B, L, H)."""
+    states: torch.Tensor = model.base_model(input_ids=ids, attention_mask=attention_mask(ids, lengths), use_cache=False).last_hidden_state
+    return states
+
+
+def head_scores(model: Any, hidden: "torch.Tensor") -> "torch.Tensor":
+    """Returns the scores of hidden states, (..., labels) from (..., H), `reward_offset` of the model's configuration included."""
+    scores: torch.Tensor = model.score(hidden)
+    offset = getattr(model.config, OFFSET, None)
+    return scores if offset is None else scores + scores.new_tensor(offset)
+
+
+def _range(lengths: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return torch.arange(len(lengths), device=lengths.device)
 
 
 @contextmanager
@@ -260,6 +303,15 @@ def _check_model(model: Any) -> None:
             f"a classifier of type {model.config.model_type!r} cannot be a reward here: its score cannot be read at the last token by "
             "length. Decoders with a head called `score` and encoders can."
         )
+    _check_whole(getattr(model.config, PER_TOKEN, False), "this model")
+
+
+def _check_whole(per_token: bool, what: str) -> None:
+    if per_token:
+        raise ValueError(
+            f"`model`: {what} scores every token, and the reward of a text is their sum; a classifier reads one token. "
+            "Use `textgym.agents.RewardModel.from_pretrained(folder)` as the reward."
+        )
 
 
 def _check_source(source: str, label: int | str | None) -> None:
@@ -268,6 +320,7 @@ def _check_source(source: str, label: int | str | None) -> None:
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise ValueError(f"`model`: {source!r} holds a {architectures[0]}, not a model for sequence classification.")
+    _check_whole(config.get(PER_TOKEN, False), repr(source))
     names = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # transformers leaves its default of two labels out of the file
     _label_index(len(names), {name: int(index) for index, name in names.items()}, label, Path(source).name)
 
@@ -305,7 +358,7 @@ def _label_index(count: int, label2id: dict[str, int], label: int | str | None, 
     return index
 
 
-def _longest(config: Any, tokenizer: Any) -> int | None:
+def longest_text(config: Any, tokenizer: Any) -> int | None:
     """Returns how many tokens a text may have, None if neither the tokenizer nor the model sets a limit."""
     # a tokenizer without a limit says 1e30
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf]

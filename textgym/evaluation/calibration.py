@@ -1,0 +1,126 @@
+"""Calibration of stated probabilities: are 80 % of the comparisons that a reward model calls with 80 % right? Pure numpy."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class ReliabilityBin(NamedTuple):
+    """The cases whose stated probability lies in one interval.
+
+    Attributes:
+        low: the interval's lower end.
+        high: its upper end; the last interval holds it too.
+        weight: how much its cases weigh together: how many they are, without weights.
+        stated: their mean stated probability; NaN without any.
+        observed: how often it happened, their mean outcome; NaN without any.
+    """
+
+    low: float
+    high: float
+    weight: float
+    stated: float
+    observed: float
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def sigmoid(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Returns 1/(1 + exp(−x)) without overflow."""
+    return np.exp(-np.logaddexp(0.0, -np.asarray(x, dtype=np.float64)))
+
+
+def log_loss(differences: npt.ArrayLike, outcomes: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
+    """Returns the mean of −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats; ln 2 = 0.693 is what a coin says.
+
+    Args:
+        differences: Δ, (N,).
+        outcomes: p in [0, 1], (N,).
+        weights: (N,); None for equal ones.
+    """
+    delta, p = np.asarray(differences, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
+    losses = p * np.logaddexp(0, -delta) + (1 - p) * np.logaddexp(0, delta)
+    return float(np.average(losses, weights=None if weights is None else np.asarray(weights, dtype=np.float64)))
+
+
+def reliability_table(
+    probabilities: npt.ArrayLike,
+    outcomes: npt.ArrayLike,
+    weights: npt.ArrayLike | None = None,
+    *,
+    num_bins: int = 10,
+    low: float = 0.0,
+) -> list[ReliabilityBin]:
+    """Returns stated against observed frequencies in intervals of equal width.
+
+    Args:
+        probabilities: what was stated, in [`low`, 1], (N,).
+        outcomes: what happened, in [0, 1], (N,).
+        weights: (N,); None for 1 each.
+        num_bins: intervals.
+        low: where the first one begins: ½ for the probability of the side that is favoured.
+    """
+    stated, observed = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
+    weight = np.ones_like(stated) if weights is None else np.asarray(weights, dtype=np.float64)
+    if stated.size and not (low - 1e-9 <= stated.min() and stated.max() <= 1 + 1e-9):
+        raise ValueError(f"`probabilities` must lie in [{low:g}, 1], got {stated.min():g} to {stated.max():g}.")
+    edges = np.linspace(low, 1.0, num_bins + 1)
+    places = np.clip(np.searchsorted(edges, stated, side="right") - 1, 0, num_bins - 1)
+    table = []
+    for place in range(num_bins):
+        inside = weight * (places == place)
+        count = float(inside.sum())
+        means = (float((inside * values).sum() / count) if count else float("nan") for values in (stated, observed))
+        table.append(ReliabilityBin(float(edges[place]), float(edges[place + 1]), count, *means))
+    return table
+
+
+def expected_calibration_error(table: Sequence[ReliabilityBin]) -> float:
+    """Returns Σ_b n_b/n |stated_b − observed_b| (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    total = sum(one.weight for one in table)
+    return sum(one.weight * abs(one.stated - one.observed) for one in table if one.weight) / total if total else float("nan")
+
+
+def clustered_mean(
+    values: npt.ArrayLike,
+    clusters: Sequence[object],
+    weights: npt.ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Returns a weighted mean and its percentile bootstrap interval, in which whole clusters are drawn.
+
+    Comparisons of one prompt share their answers, so they are no independent observations; prompts are.
+
+    Args:
+        values: (N,).
+        clusters: which cluster each value belongs to, N hashable things.
+        weights: (N,); None for 1 each.
+        confidence: probability that the interval shall hold the truth.
+        num_resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    value = np.asarray(values, dtype=np.float64)
+    weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    index = np.array([places[cluster] for cluster in clusters])
+    sums, counts = (np.bincount(index, weights=numbers, minlength=len(places)) for numbers in (weight * value, weight))
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(num_resamples):
+        drawn = rng.integers(len(places), size=len(places))
+        total = counts[drawn].sum()
+        if total > 0:
+            means.append(sums[drawn].sum() / total)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
