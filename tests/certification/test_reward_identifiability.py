@@ -151,7 +151,7 @@ def test_segments_identify_the_reward_of_every_token_up_to_a_constant(device: st
     assert slope(found, task.table) == pytest.approx(1, abs=0.1)
     constant = (found - task.table).mean()
     np.testing.assert_allclose(found - task.table, constant, atol=0.4)
-    assert abs(constant) > 0.3  # which one it is, segments of equal length do not say
+    assert abs(constant) > 0.1  # which one it is, segments of equal length do not say
 
 
 @pytest.mark.slow
