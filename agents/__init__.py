@@ -21,6 +21,34 @@ _HOMES = {
     "PPO": "textgym.agents.ppo",
     "REBEL": "textgym.agents.rebel",
     "REINFORCE": "textgym.agents.reinforce",
+    "RLHF": "textgym.agents.rlhf",
     "RLOO": "textgym.agents.rloo",
+    "RejectionSampling": "textgym.agents.rejection_sampling",
     "RewardModel": "textgym.agents.reward_model",
     "RewardModelTrainer": "textgym.agents.reward_model_trainer",
+    "SFT": "textgym.agents.sft",
+    "Sampling": "textgym.agents.common.sampling",
+    "ValueHead": "textgym.agents.common.value_heads",
+    "ValueModel": "textgym.agents.common.value_heads",
+    "WinRateEvaluation": "textgym.agents.common.win_rate_evaluation",
+    "compare_policies": "textgym.agents.comparison",
+    "evaluate_policy": "textgym.agents.common.evaluation",
+    "keep_best": "textgym.agents.rejection_sampling",
+    "perplexity": "textgym.agents.common.perplexity",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from the module it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

@@ -157,21 +157,26 @@ def grpo_target(setup: Setup) -> Any:
 
 
 CANDIDATES = {
+    # The critic learns faster than the policy: while it is wrong, its noise drives the policy onto plateaus.
     "ppo": Candidate(
         PPO,
         {"critic": "separate"},
-        {"n_epochs": 2, "batch_size": 384, "gae_lambda": 0.95},
-        learning_rate=2e-3,
-        exponent=2.0,
+        {
+            "n_epochs": 2,
+            "batch_size": 384,
+            "gae_lambda": 0.95,
+            "optimizer": quick_adam,
+            "critic_learning_rate": lambda left: 5e-3 * left,
+        },
+        learning_rate=1.5e-3,
         num_envs=1536,
-        tokens=2_000_000,
+        tokens=3_000_000,
     ),
     # At π* the whole return r − β log π/π_ref is one number for all completions of a prompt: the noise of its advantages dies out on the
     # way there. That of the rewards-to-go does not, their mean over a prompt's completions being no function of the state.
     "reinforce-leave-one-out": Candidate(
         REINFORCE, {"baseline": "leave_one_out", "num_generations": 8, "reward_to_go": False}, {"optimizer": quick_adam}
     ),
-    # The critic learns faster than the policy: while it is wrong, its noise drives the policy onto plateaus.
     "reinforce-value": Candidate(
         REINFORCE,
         {"baseline": "value", "critic": "separate"},

@@ -25,3 +25,7 @@ class FeedbackError(ValueError):
     def __init__(self, message: str, feedback: Any) -> None:
         super().__init__(message)
         self.feedback = feedback
+
+
+class FeedbackNeeded(RuntimeError):  # noqa: N818  (no error of the program: somebody's turn)
+    """Somebody has to compare completions before learning can go on; the message says which file, and where to put the answers."""

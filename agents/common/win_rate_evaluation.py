@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from textgym.agents.common.scored_completions import Float64Array, PromptRows, s
 from textgym.agents.policy import CausalLMPolicy
 from textgym.evaluation.win_rate import WinRate, judged_win_rate, win_rate
 from textgym.feedback.judging import PairJudge
-
-if TYPE_CHECKING:
-    from textgym.agents.base import Agent
 
 
 class _Texts(NamedTuple):
@@ -68,7 +65,7 @@ class WinRateEvaluation(Evaluation):
         self.last_win_rate: WinRate | None = None
         self._others: _Texts | None = None
 
-    def run(self, agent: "Agent") -> EvaluationResult:
+    def run(self, agent: Any) -> EvaluationResult:
         """Evaluates now, and logs."""
         result = super().run(agent)
         if self._others is None:
@@ -85,7 +82,7 @@ class WinRateEvaluation(Evaluation):
             agent.logger.record(f"eval/win_rate{name}", value)
         return result
 
-    def _opponents_texts(self, agent: "Agent", episodes: int) -> _Texts:
+    def _opponents_texts(self, agent: Any, episodes: int) -> _Texts:
         if isinstance(self.opponent, str):
             return self._column(self.opponent, agent.policy, episodes)
         opponent = agent.reference if self.opponent is None else self.opponent

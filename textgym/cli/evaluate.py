@@ -189,9 +189,9 @@ def run(settings: EvaluateSettings) -> None:
                 on_batch=on_batch,
             )
         )
-    _print(console, report)
+    print_comparison(console, report)
     if settings.out is not None:
-        _write(settings.out, report, sides, settings)
+        write_comparison(settings.out, report, _circumstances(sides, settings))
         console.print(f"Report: {settings.out}", highlight=False, soft_wrap=True)
 
 
@@ -341,7 +341,8 @@ def _progress(console: Any, total: int) -> Any:
     return bar()
 
 
-def _print(console: Any, report: "ComparisonReport") -> None:
+def print_comparison(console: Any, report: "ComparisonReport") -> None:
+    """Prints the numbers, the win rates, the reward-hacking report and the first samples."""
     from rich.markdown import Markdown
     from rich.table import Table
 
@@ -378,18 +379,24 @@ def _print_samples(console: Any, report: "ComparisonReport") -> None:
     console.print(samples)
 
 
-def _write(folder: Path, report: "ComparisonReport", sides: _Sides, settings: EvaluateSettings) -> None:
+def write_comparison(folder: Path, report: "ComparisonReport", further: dict[str, Any]) -> None:
+    """Writes report.json, which also holds `further`, report.md and samples.jsonl."""
     from textgym.cli.run_folder import write_json, write_json_lines
 
     folder.mkdir(parents=True, exist_ok=True)
-    compared = {name: getattr(sides, name) for name in ("model", "against", "column", "reference")}
+    write_json(folder / FILES[0], {**report.to_dict(), **further})
+    (folder / FILES[1]).write_text(report.to_markdown(), encoding="utf-8")
+    write_json_lines(folder / FILES[2], report.samples)
+
+
+def _circumstances(sides: _Sides, settings: EvaluateSettings) -> dict[str, Any]:
+    """What a report was made of and how, as JSON types."""
     training = sides.training
-    rewards = {
+    return {
+        "compared": {name: getattr(sides, name) for name in ("model", "against", "column", "reference")},
         "reward": list(training.reward),
         "true_reward": training.measured_reward,
         "judge": settings.judge,
         "best_of": settings.best_of,
+        "temperature": training.temperature,
     }
-    write_json(folder / FILES[0], {**report.to_dict(), "compared": compared, **rewards, "temperature": training.temperature})
-    (folder / FILES[1]).write_text(report.to_markdown(), encoding="utf-8")
-    write_json_lines(folder / FILES[2], report.samples)

@@ -10,8 +10,9 @@ from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorit
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.evaluate import evaluate
 from textgym.cli.label import label
+from textgym.cli.pipeline import pipeline
 from textgym.cli.plot import plot
-from textgym.cli.settings import TrainSettings, option, parse_options
+from textgym.cli.settings import TrainSettings, option, parse_options, was_given
 from textgym.rewards.named import reward_names
 
 app = typer.Typer(
@@ -137,7 +138,7 @@ def train(
             reference=reference,
             beta=ALGORITHMS[algorithm].beta if beta is None else beta,
             temperature=temperature,
-            total_timesteps=None if ALGORITHMS[algorithm].offline and not _was_given(context, "total_timesteps") else total_timesteps,
+            total_timesteps=None if ALGORITHMS[algorithm].offline and not was_given(context, "total_timesteps") else total_timesteps,
             num_envs=num_envs,
             max_prompt_tokens=max_prompt_tokens,
             truncate_prompts=truncate_prompts,
@@ -158,19 +159,19 @@ def _check_kind(context: typer.Context, algorithm: Algorithm) -> None:
     """Raises on options that belong to the other kind of algorithm."""
     offline = ALGORITHMS[algorithm].offline
     for name in ONLINE_OPTIONS if offline else OFFLINE_OPTIONS:
-        if _was_given(context, name):
+        if was_given(context, name):
             cure = "it samples nothing and learns from --preferences" if offline else "it learns from its own samples; give --prompts"
             raise UserError(f"{option(name)} cannot be given with {algorithm.value}: {cure}.")
 
 
 def _measured(context: typer.Context, reward: list[str], model: str | None, examples: str | None) -> tuple[str, ...]:
     """The reward that is measured beside examples: what was given, else the bundled one beside bundled things."""
-    return tuple(reward) if _was_given(context, "reward") or (model is None and examples is None) else ()
+    return tuple(reward) if was_given(context, "reward") or (model is None and examples is None) else ()
 
 
 def _resume(context: typer.Context, folder: Path, algorithm: str) -> None:
     """Goes on with a run: the options that were really given are its only changes."""
-    given = {name for name in context.params if _was_given(context, name)} - {"algorithm", "resume"}
+    given = {name for name in context.params if was_given(context, name)} - {"algorithm", "resume"}
     refused = sorted(given - set(RESUME_OPTIONS))
     if refused:
         name = option(refused[0].rstrip("_"))
@@ -178,11 +179,6 @@ def _resume(context: typer.Context, folder: Path, algorithm: str) -> None:
     from textgym.cli import train as command
 
     command.resume(folder, str(algorithm), {name: context.params[name] for name in given})
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()
@@ -306,6 +302,7 @@ def generate(
         command.generate(settings, prompt or [], prompts)
 
 
+app.command()(pipeline)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(label)

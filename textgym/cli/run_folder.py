@@ -60,7 +60,7 @@ class RunFolder:
         Raises:
             UserError: `out` is there already and holds something (with `force`: something that is no run).
         """
-        folder = cls(out or _new_path(Path("runs"), algorithm))
+        folder = cls(out or new_path(Path("runs"), algorithm))
         if folder._is_free():
             return folder
         if not force:
@@ -161,7 +161,7 @@ class RunFolder:
 TIMESTEPS = "time/total_timesteps"
 
 
-def _new_path(parent: Path, algorithm: str) -> Path:
+def new_path(parent: Path, algorithm: str) -> Path:
     """Returns a path that does not exist: two runs may start in the same second."""
     path = parent / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
     count = 1

@@ -120,6 +120,12 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def was_given(context: Any, name: str) -> bool:
+    """Returns whether a parameter of a typer context was given on the command line, and is not a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Reads `NAME=VALUE` pairs; a value is JSON where it can be, else a string.
 
