@@ -41,9 +41,8 @@ def main() -> None:
             judgements_to_ranking(record)
         except ValueError:
             circles += 1
-    print(
-        f"{circles} of {len(judged)} prompts were judged in circles; {sum(label.good for label in labels)} of the first kind were labelled good"
-    )
+    print(f"{circles} of {len(judged)} prompts were judged in circles")
+    print(f"{sum(label.good for label in labels)} of {len(labels)} of the first kind were labelled good")
 
     failings = {"exact": {"temperature": 0.0}, "as above": {}, "noisy": {"label_noise": 0.2}, "likes words": {"length_bias": 0.2}}
     for name, options in failings.items():

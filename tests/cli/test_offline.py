@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from textgym.cli import default_data
+from textgym.cli.offline_workplace import prompt_of
 from textgym.cli.run_folder import read_json_lines
 
 DEVICE = os.environ.get("TEXTGYM_TEST_DEVICE", "cpu")
@@ -181,3 +182,20 @@ def test_one_sentence(textgym, save_model, capsys, arguments: str, sentence: str
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and sentence in output.err, output.err
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, [{"role": "user", "content": "a"}]),
+        (
+            {side: [{"role": "user", "content": "a"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")},
+            [{"role": "user", "content": "a"}],
+        ),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "\n\nHuman: a\n\nAssistant:"),
+        ({"text": "one two three four five six"}, "one two three four five"),
+    ],
+)
+def test_what_is_sampled_from_of_a_held_out_example(row: dict[str, Any], prompt: Any) -> None:
+    assert prompt_of(row) == prompt

@@ -65,8 +65,8 @@ def test_ties() -> None:
     annotator = SyntheticAnnotator(known, tie_threshold=0.25, temperature=0)
     assert [p(annotator, *pair) for pair in (("d", "b"), ("b", "d"), ("a", "d"), ("b", "a"))] == [0.5, 0.5, 1, 0]
     assert annotator.compare(["x", "x"], ["b", "b"], ["d", "a"]) == [Comparison("x", "b", "d", 0.5), Comparison("x", "a", "b")]
-    (judged,) = annotator.judge_pairs(["x"], [["a", "b", "d"]])
-    assert [(one.first, one.second, one.z) for one in judged.judgements] == [(0, 1, 1), (0, 2, 1), (1, 2, 0)]
+    (judged,) = annotator.judge_pairs(["x"], [["b", "a", "d"]])
+    assert [(one.first, one.second, one.z) for one in judged.judgements] == [(0, 1, -1), (0, 2, 0), (1, 2, 1)]
     noisy = SyntheticAnnotator(known, tie_threshold=0.25, label_noise=0.5)
     assert (noisy.outcomes(["x"] * 50, ["b"] * 50, ["d"] * 50) == 0.5).all(), "noise does not break ties"
 

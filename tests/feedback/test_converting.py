@@ -181,7 +181,7 @@ def test_mixtures() -> None:
         ("b", False),
         (TEXT, False),
     ]
-    rows = to_demonstrations([good, bad, pair, Ranking("x", ("e", "f", "g"), (2, 1, 1)), MARKED, Marking("x", "h", (), 2.0)])
+    rows = to_demonstrations([good, bad, pair, Ranking("x", ("e", "f", "g"), (3, 0, 0)), MARKED, Marking("x", "h", (), 2.0)])
     assert [row["completion"] for row in rows] == ["c", "a", "f", "g", "h"] and rows[-1] == {
         "prompt": "x",
         "completion": "h",

@@ -23,6 +23,7 @@ from textgym.cli.workplace import (
     load_rewards,
     read_prompt_rows,
 )
+from textgym.feedback.rows import parse_comparison
 from textgym.prompts import PromptText, read_rows
 from textgym.rewards import RewardSet
 from textgym.tokenizers import load_tokenizer
@@ -136,9 +137,10 @@ def prompt_of(row: Row) -> PromptText:
     if row.get("prompt") is not None:
         prompt: PromptText = row["prompt"]
         return prompt
-    for column in ("messages", "chosen"):
-        if row.get(column) is not None:
-            return list(row[column][:-1])
+    if row.get("messages") is not None:
+        return list(row["messages"][:-1])
+    if row.get("chosen") is not None:
+        return parse_comparison(row, "a held-out row").prompt
     if row.get("text") is not None:
         return " ".join(str(row["text"]).split()[:BEGINNING_WORDS])
     raise UserError("--eval-prompts must be given with examples that are ids: there are no texts to sample from.")
