@@ -212,7 +212,7 @@ def test_one_text_of_either_of_two_models(save_model) -> None:
         ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
         ("pairs.jsonl --by film-reviw", "Did you mean 'film-review'?"),
         ("pairs.jsonl --by-judge no_such_module:judge", "--by-judge: "),
-        ("pairs.jsonl --by-judge json:__name__", "must name a function, not str"),
+        ("pairs.jsonl --by-judge json:__name__", "must be a function judge(prompt, first, second), not a str"),
         ("bad.jsonl", "line 2 of 'bad.jsonl' must have the columns prompt and completions"),
         ("broken.jsonl", "line 1 of 'broken.jsonl' is not JSON"),
         ("same.jsonl", "no two different texts"),

@@ -159,14 +159,14 @@ def run(settings: EvaluateSettings) -> None:
     from rich.console import Console
 
     from textgym.agents import compare_policies
-    from textgym.cli.workplace import limit_threads, quiet_transformers
+    from textgym.cli.workplace import limit_threads, load_judge_option, quiet_transformers
 
     _check(settings)
     quiet_transformers()
     sides = _sides(settings)
     reward, true_reward = _rewards(sides.training)
     rows = _prompts(settings, sides.training)
-    judge = None if settings.judge is None else _judge(settings.judge)
+    judge = None if settings.judge is None else load_judge_option("--judge", settings.judge)
     policies = _load(settings, sides)
     limit_threads(policies[sides.model])
     first = _best_of(policies[sides.model], reward, settings.best_of)
@@ -273,20 +273,6 @@ def _prompts(settings: EvaluateSettings, training: TrainSettings) -> list[dict[s
     if training.prompts is not None or training.eval_prompts is not None or (training.model is None and training.examples is None):
         return load_prompts(training)[1]
     raise UserError("--prompts must be given: held-out prompts for this model, a .jsonl file with a column prompt.")
-
-
-def _judge(spec: str) -> Any:
-    from textgym.rewards import load_reward
-
-    try:
-        judge = load_reward(spec)
-    except ValueError as error:
-        raise UserError(f"--judge: {one_line(error)}") from error
-    except Exception as error:  # the user's module may raise anything while it is loaded
-        raise UserError(f"--judge {spec} could not be loaded: {type(error).__name__}: {one_line(str(error))}.") from error
-    if not callable(judge):
-        raise UserError(f"--judge {spec} must be a function judge(prompt, first, second), not a {type(judge).__name__}.")
-    return judge
 
 
 def _load(settings: EvaluateSettings, sides: _Sides) -> "dict[str, CausalLMPolicy]":

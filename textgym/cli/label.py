@@ -32,9 +32,7 @@ def label(
     num_pairs: Annotated[int | None, typer.Option(help="Label at most this many pairs, the first ones.", show_default="all")] = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            help="A reward labels instead of a person: film-review (bundled), module:function, file.py:function or a classifier's folder."
-        ),
+        typer.Option(help="A reward labels instead of a person, in any form of textgym train --reward."),
     ] = None,
     annotator_temperature: Annotated[
         float, typer.Option(help="Of --by, in reward: the better text wins with probability σ(difference / this); 0: always.")

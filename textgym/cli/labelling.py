@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +17,13 @@ from rich.progress import track
 from rich.text import Text as RichText
 
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, one_line
+from textgym.cli.workplace import load_judge_option, load_policy, load_reward_option, quiet_transformers, read_prompt_rows
 from textgym.errors import FeedbackError
 from textgym.feedback import Comment, Comparison, SyntheticAnnotator, judge_pairs, read_feedback, write_feedback
 from textgym.feedback.judging import comparison
 from textgym.feedback.records import Text
 from textgym.feedback.rows import parse_answers
 from textgym.prompts import iterate_json_lines
-from textgym.rewards import RewardSet, load_reward
 
 AT_ONCE = 64  # pairs that a reward scores in one call, prompts that a model completes in one
 _OWN_COLUMNS = {
@@ -127,7 +127,6 @@ def generated_pairs(out: Path, models: Sequence[str], prompts: Path | None, samp
 
 def _generate(models: Sequence[str], prompts: Path | None, sampling: Sampling) -> list[dict[str, Any]]:
     from textgym.bundled import bundled_model_path, bundled_prompts
-    from textgym.cli.workplace import load_policy, quiet_transformers, read_prompt_rows
 
     if sampling.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {sampling.max_new_tokens}.")
@@ -207,7 +206,7 @@ def finish(labels: Iterator[int], asked: int, out: Path) -> None:
 
 def label_by_reward(pairs: Sequence[Pair], out: Path, spec: str, temperature: float, seed: int) -> Iterator[int]:
     """Labels pairs by a reward, many at once; `temperature` as of `SyntheticAnnotator`."""
-    annotator = SyntheticAnnotator(_loaded("--by", spec, RewardSet.build), temperature=temperature)
+    annotator = SyntheticAnnotator(load_reward_option("--by", spec), temperature=temperature)
     for start in _progress(range(0, len(pairs), AT_ONCE), "labelling"):
         part = pairs[start : start + AT_ONCE]
         prompts, first, second = ([getattr(pair, side) for pair in part] for side in ("prompt", "first", "second"))
@@ -222,15 +221,6 @@ def label_by_reward(pairs: Sequence[Pair], out: Path, spec: str, temperature: fl
         yield start + len(part)
 
 
-def _loaded(option: str, spec: str, load: Callable[[str], Any]) -> Any:
-    try:
-        return load(spec)
-    except ValueError as error:
-        raise UserError(f"{option}: {one_line(error)}") from error
-    except Exception as error:  # the user's module may raise anything while it is loaded
-        raise UserError(f"{option} {spec} could not be loaded: {type(error).__name__}: {one_line(str(error))}.") from error
-
-
 def _drawn(probability: float, key: str) -> float:
     """Returns 1 with a probability, else 0; a tie stays one. The draw is the pair's own, whichever pairs were labelled before."""
     return 0.5 if probability == 0.5 else float(random.Random(key).random() < probability)
@@ -238,9 +228,7 @@ def _drawn(probability: float, key: str) -> float:
 
 def label_by_judge(pairs: Sequence[Pair], out: Path, spec: str) -> Iterator[int]:
     """Labels pairs by a function, one after the other."""
-    judge = _loaded("--by-judge", spec, load_reward)
-    if not callable(judge):
-        raise UserError(f"--by-judge {spec} must name a function, not {type(judge).__name__}.")
+    judge = load_judge_option("--by-judge", spec)
     for number, pair in enumerate(_progress(pairs, "labelling"), start=1):
         try:
             found = judge_pairs(judge, [pair.prompt], [pair.first], [pair.second])

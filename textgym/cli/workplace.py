@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.cli.errors import UserError, one_line
 from textgym.cli.settings import TrainSettings
+from textgym.feedback import PairJudge
 from textgym.prompts import read_prompts
-from textgym.rewards import RewardSet
+from textgym.rewards import RewardSet, load_reward
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -61,6 +62,20 @@ def load_reward_option(name: str, spec: str) -> RewardSet:
         raise UserError(f"{name}: {one_line(error)}") from error
     except Exception as error:  # the user's module may raise anything while it is loaded
         raise UserError(f"{name} {spec} could not be loaded: {type(error).__name__}: {one_line(str(error))}.") from error
+
+
+def load_judge_option(name: str, spec: str) -> PairJudge:
+    """Returns the judge of pairs that option `name` gives, as module:function or file.py:function."""
+    try:
+        judge = load_reward(spec)
+    except ValueError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+    except Exception as error:  # the user's module may raise anything while it is loaded
+        raise UserError(f"{name} {spec} could not be loaded: {type(error).__name__}: {one_line(str(error))}.") from error
+    if not callable(judge):
+        raise UserError(f"{name} {spec} must be a function judge(prompt, first, second), not a {type(judge).__name__}.")
+    found: PairJudge = judge
+    return found
 
 
 def load_prompts(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
