@@ -195,6 +195,14 @@ def test_one_text_of_either_of_two_models(save_model) -> None:
     assert [texts[0] for texts in other] != [row["completions"][0] for row in rows]
 
 
+def test_the_model_of_a_run(run: Path) -> None:
+    write("prompts.jsonl", [{"prompt": "the film was"}] * 4)
+    options = ["--prompts", "prompts.jsonl", "--by", "film-review", "--max-new-tokens", "6", "--device", "cpu"]
+    for model, out in (("run", "a.jsonl"), ("run/model", "b.jsonl")):
+        assert label("--model", model, *options, "--out", out).exit_code == 0
+    assert labels("a.jsonl") == labels("b.jsonl")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -22,7 +22,7 @@ def label(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or id of the model that generates pairs; given twice, one text of each pair comes from either.",
+            help="Folder or id of the model that generates pairs, or a run folder; given twice, one text of each pair comes from either.",
             show_default="bundled",
         ),
     ] = None,

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.text import Text as RichText
 
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, one_line
+from textgym.cli.run_folder import RunFolder
 from textgym.cli.workplace import load_judge_option, load_policy, load_reward_option, quiet_transformers, read_prompt_rows
 from textgym.errors import FeedbackError
 from textgym.feedback import Comment, Comparison, SyntheticAnnotator, judge_pairs, read_feedback, write_feedback
@@ -136,7 +137,7 @@ def _generate(models: Sequence[str], prompts: Path | None, sampling: Sampling) -
         raise UserError("--prompts must be given with --model: the bundled ones were made for the bundled model.")
     quiet_transformers()
     rows: list[dict[str, Any]] = list(bundled_prompts("train")) if prompts is None else read_prompt_rows("--prompts", str(prompts))
-    policies = [load_policy("--model", path, sampling.device) for path in models or [str(bundled_model_path())]]
+    policies = [load_policy("--model", _model(path), sampling.device) for path in models or [str(bundled_model_path())]]
     texts: list[list[str]] = [[] for _ in rows]
     for number, policy in enumerate(policies):
         policy.seed(sampling.seed * 1000 + number)
@@ -152,6 +153,11 @@ def _generate(models: Sequence[str], prompts: Path | None, sampling: Sampling) -
         others = {name: value for name, value in row.items() if name not in _OWN_COLUMNS}
         pairs.append({"prompt": row["prompt"], "completions": answers, **others})
     return pairs
+
+
+def _model(given: str) -> str:
+    run = RunFolder.of_model(given)
+    return given if run is None else str(run.model)
 
 
 # -- what is left to do -------------------------------------------------------------------------------------------------------------------
