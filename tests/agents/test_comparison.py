@@ -170,3 +170,23 @@ def test_wrong_arguments_are_errors(task):
         compare_policies(task.policy().model, rows(task))
     with pytest.raises(ValueError, match="batch_size"):
         compare_policies(task.policy(), rows(task), batch_size=0)
+
+
+def test_conversations_reach_rewards_as_messages_and_references_follow_the_template(task):
+    tokenizer = task.tree.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    policy = CausalLMPolicy(tiny_lm(task.tree), tokenizer, device=task.device)
+    prompts = [{"prompt": [{"role": "user", "content": text}], "reference": "w0 w1"} for text in task.tree.prompt_texts]
+    seen = []
+
+    def reward(prompts, completions, completion_ids, **_):
+        seen.extend(completions)
+        return task.reward(prompts=[prompt[0]["content"] for prompt in prompts], completion_ids=completion_ids)
+
+    report = compare_policies(BestOfN(policy, reward, 2), prompts, "reference", reward=reward, true_reward=reward, max_new_tokens=3)
+    assert all(messages[0]["role"] == "assistant" for messages in seen) and len(seen) == 6 + 2 * 6
+    place = next(j for j in range(task.tree.num_completions) if task.tree.ids(j) == (0, 1, task.tree.eos_token_id))
+    assert report.sides[1].rewards["reward"].mean == pytest.approx(task.tree.rewards[:, place].mean())
+    hacking = compare_policies(BestOfN(policy, reward, 2), prompts, policy, reward=reward, true_reward=reward, max_new_tokens=3)
+    assert hacking.over_optimisation.gold == hacking.over_optimisation.proxy
+    assert json.dumps(hacking.to_dict()) and "Verdict" in hacking.to_markdown()
