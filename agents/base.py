@@ -238,6 +238,13 @@ class Agent(BaseAlgorithm):
     def restore_position(self, state: dict[str, Any]) -> None:
         """Goes on where `position` was taken."""
 
+    def environment_state(self) -> list[dict[str, Any]]:
+        """What the environment's wrappers have learned, as JSON types."""
+        return []
+
+    def restore_environment_state(self, states: list[dict[str, Any]]) -> None:
+        """Gives it back to the wrappers of the environment that the agent was loaded with."""
+
     def restore_episode_statistics(self, episodes: list[dict[str, float]]) -> None:
         """Fills the window behind `rollout/ep_rew_mean`; a checkpoint's."""
         self.ep_info_buffer = deque(episodes, maxlen=self._stats_window_size)

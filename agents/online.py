@@ -36,6 +36,7 @@ from textgym.kl import AdaptiveKLController, KLCoefficient
 from textgym.stacks import layers
 from textgym.types import IntArray
 from textgym.vec_env_adapter import as_sb3_vec_env
+from textgym.wrappers import find_normalize_reward
 
 Beta = float | Schedule | AdaptiveKLController
 MicroBatchLoss = Callable[[RolloutBatch, Tensor, int, int], Tensor]
@@ -311,3 +312,14 @@ class OnlineAgent(Agent):
         """Goes on with the prompts where a checkpoint stopped."""
         self.prompt_order = ItemOrder(state["num_items"], self.item_generator)
         self.prompt_order.load_state_dict(state)
+
+    def environment_state(self) -> list[dict[str, Any]]:
+        """The statistics of each `NormalizeReward` on the environment."""
+        return [] if self.env is None else [wrapper.state_dict() for wrapper in find_normalize_reward(self.vector_env)]
+
+    def restore_environment_state(self, states: list[dict[str, Any]]) -> None:
+        """Gives the statistics back to those wrappers, if the environment has as many as it had; one of another make keeps its own."""
+        wrappers = [] if self.env is None else find_normalize_reward(self.vector_env)
+        if len(wrappers) == len(states):
+            for wrapper, state in zip(wrappers, states, strict=True):
+                wrapper.load_state_dict(state)

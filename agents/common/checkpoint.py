@@ -107,6 +107,7 @@ def _state(agent: "Agent") -> dict[str, Any]:
         "progress_remaining": agent._current_progress_remaining,
         "episodes": list(agent.ep_info_buffer or []),
         "position": agent.position(),
+        "environment": agent.environment_state(),
         "minibatches": agent.minibatch_generator.bit_generator.state,
         "evaluation": None if agent.evaluation is None else agent.evaluation.state_dict(),
         "model": agent.policy.loading_arguments(),
@@ -183,6 +184,7 @@ def _restore(agent: "Agent", path: Path, document: dict[str, Any]) -> None:
     agent.minibatch_generator.bit_generator.state = state["minibatches"]
     if state["position"] is not None:
         agent.restore_position(state["position"])
+    agent.restore_environment_state(state.get("environment", []))  # earlier checkpoints have none
     if agent.evaluation is not None and state["evaluation"] is not None:
         agent.evaluation.load_state_dict(state["evaluation"])
     agent.load_extra_state(state["extra"])
