@@ -33,7 +33,7 @@ from textgym.agents.common.reward_losses import (
 from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, MicroBatchShare, OfflineLearner, Share
 from textgym.agents.reward_model import RewardModel
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
-from textgym.feedback.records import Record
+from textgym.feedback.reading import read_feedback
 from textgym.rewards.segmenters import SEGMENTERS, Segmenter
 
 RankingLoss: TypeAlias = Literal["plackett_luce", "pairwise"]
@@ -49,7 +49,8 @@ class RewardModelTrainer(OfflineLearner):
     Args:
         reward_model: the `RewardModel` to train, in place. Labels train a model with one output as a Bernoulli's logit, one with two as a
             classifier. Markings need one output per category, of its name; segments a per-token model.
-        feedback: records of `textgym.feedback`. None where `connect` gives them later.
+        feedback: a list of records of `textgym.feedback` or of dicts, the path of a .jsonl or .jsonl.gz file, a `datasets.Dataset`, or what
+            `read_feedback` returned. None where `connect` gives it later.
         learning_rate: a number or an SB3 schedule of the progress remaining, 1 at the first step.
         n_epochs: passes over the feedback. One is usual: with more, reward models learn their comparisons by heart.
         batch_size: records per optimiser step, at most.
@@ -109,9 +110,7 @@ class RewardModelTrainer(OfflineLearner):
 
     def read(self, source: Any) -> FeedbackSet:
         """Reads and tokenises feedback, as in the constructor."""
-        records: list[Record] = list(source)
-        if not records:
-            raise ValueError("`feedback` must hold at least one record, got none.")
+        records = read_feedback(source).records
         segmenter = SEGMENTERS[self.segmenter] if isinstance(self.segmenter, str) else self.segmenter
         entries = []
         for number, record in enumerate(records):

@@ -220,7 +220,7 @@ def test_it_learns_and_two_runs_are_bit_identical(policy) -> None:
     assert torch.equal(parameters(first), parameters(second))
     assert not torch.equal(parameters(first), parameters(make(policy, n_epochs=4, seed=2).learn()))
     before, after = make(policy).evaluate(many_records()), first.evaluate(many_records())
-    assert after.loss < before.loss - 0.1 and after.accuracy.value > 0.8
+    assert after.loss < before.loss - 0.1 and after.accuracy.mean > 0.8
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(policy, tmp_path: Path, device: str) -> None:
@@ -348,13 +348,13 @@ def test_the_report_stands_beside_the_length_baseline(policy) -> None:
         records.append(Comparison(f"prompt {number // 2} ", *((long, short) if number % 10 else (short, long))))
     trainer = RewardModelTrainer(RewardModel.from_policy(policy), records[:50], seed=0)
     report = trainer.evaluate(records[50:])
-    assert report.length_accuracy.value == pytest.approx(0.9)
+    assert report.length_accuracy.mean == pytest.approx(0.9)
     assert report.longer_wins and report.num_records == report.num_decisions == 50
-    assert report.accuracy.low < report.accuracy.value < report.accuracy.high
+    assert report.accuracy.low < report.accuracy.mean < report.accuracy.high
     assert 0 <= report.expected_calibration_error <= 1
     # The direction comes from the training feedback, not from what is measured.
     flipped = [Comparison(one.prompt, one.rejected, one.chosen) for one in records[50:]]
-    assert trainer.evaluate(flipped).length_accuracy.value == pytest.approx(0.1)
+    assert trainer.evaluate(flipped).length_accuracy.mean == pytest.approx(0.1)
     rewards = {text: float(trainer.reward_model([one.prompt], [text])[0]) for one in records[50:] for text in (one.chosen, one.rejected)}
     assert len(rewards) <= 100
 
@@ -364,11 +364,11 @@ def test_labels_and_markings_are_reported_too(policy) -> None:
     for names in (None, ["bad", "good"]):
         model = RewardModel.from_policy(policy, output_names=names, label=None if names is None else "good")
         report = RewardModelTrainer(model, labels, 1e-2, n_epochs=20, seed=0).learn().evaluate(labels)
-        assert report.accuracy.value == 1.0 and report.length_accuracy.value == 1.0
+        assert report.accuracy.mean == 1.0 and report.length_accuracy.mean == 1.0
     marked = [Marking(PROMPT, "a fool. ok.", (Span("rude", 2, 6),)), Marking(PROMPT, "a joy. ok.", ())] * 4
     model = RewardModel.from_policy(policy, output_names=["rude"])
     report = RewardModelTrainer(model, marked, 1e-2, n_epochs=30, seed=0).learn().evaluate(marked)
-    assert report.num_decisions == 16 and report.accuracy.value == 1.0
+    assert report.num_decisions == 16 and report.accuracy.mean == 1.0
 
 
 def test_too_long_records(policy) -> None:
@@ -402,7 +402,7 @@ def test_bad_arguments(policy, settings: dict[str, Any], said: str) -> None:
 def test_what_it_cannot_train(policy) -> None:
     with pytest.raises(ValueError, match="`reward_model` must be a RewardModel, got CausalLMPolicy"):
         RewardModelTrainer(policy, [])
-    with pytest.raises(ValueError, match="`feedback` must hold at least one record"):
+    with pytest.raises(ValueError, match="`feedback` must hold at least one"):
         RewardModelTrainer(RewardModel.from_policy(policy), [])
     with pytest.raises(ValueError, match="so one must be chosen"):
         RewardModelTrainer(RewardModel.from_policy(policy, num_outputs=3), many_records())

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from textgym.evaluation.calibration import clustered_mean, expected_calibration_error, log_loss, reliability_table, sigmoid
+from textgym.evaluation.bootstrap import bootstrap_cluster_mean
+from textgym.evaluation.calibration import expected_calibration_error, log_loss, reliability_table, sigmoid
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
 
 
@@ -45,14 +46,14 @@ def test_calibrated_probabilities_have_a_small_error() -> None:
 def test_the_interval_draws_whole_clusters() -> None:
     rng = np.random.default_rng(1)
     values = rng.integers(0, 2, 50).astype(float)
-    single = clustered_mean(values, list(range(50)))
-    assert single.low < single.value == values.mean() < single.high
+    single = bootstrap_cluster_mean(values, list(range(50)))
+    assert single.low < single.mean == values.mean() < single.high
     assert single.high - single.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(50), rel=0.15)
     # Ten copies of each say no more; taken for independent they would seem to say √10 times as much.
-    copies = clustered_mean(np.repeat(values, 10), np.repeat(np.arange(50), 10).tolist())
+    copies = bootstrap_cluster_mean(np.repeat(values, 10), np.repeat(np.arange(50), 10).tolist())
     assert copies.high - copies.low == pytest.approx(single.high - single.low, rel=0.1)
-    weighted = clustered_mean([1.0, 0.0], ["a", "b"], weights=[3, 1])
-    assert weighted.value == 0.75
+    weighted = bootstrap_cluster_mean([1.0, 0.0], ["a", "b"], weights=[3, 1])
+    assert weighted.mean == 0.75
 
 
 def test_a_report_by_hand() -> None:
@@ -64,8 +65,8 @@ def test_a_report_by_hand() -> None:
         clusters=["a", "b", "c", "d"],
     )
     report = RewardModelReport.of(decisions, np.array([1.0, 3.0]), num_records=4, loss=0.5, longer_wins=True)
-    assert report.accuracy.value == (1 + 0 + 0.5 + 0.5) / 4
-    assert report.length_accuracy.value == (1 + 0 + 1 + 0.5) / 4
+    assert report.accuracy.mean == (1 + 0 + 0.5 + 0.5) / 4
+    assert report.length_accuracy.mean == (1 + 0 + 1 + 0.5) / 4
     assert (report.reward_mean, report.reward_std) == (2.0, 1.0)
     losses = [
         math.log(1 + math.exp(-2)),

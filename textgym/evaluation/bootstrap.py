@@ -1,5 +1,6 @@
 """Bootstrap intervals of means: how sure a mean over prompts, or over training runs, can be."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -54,6 +55,42 @@ def bootstrap_mean(values: npt.ArrayLike, *, confidence: float = 0.95, num_resam
     checked = _checked("values", values, 1)
     means = resampled_means(checked[None], "prompts", num_resamples, seed)
     return Estimate(float(checked.mean()), *percentile_interval(means, confidence), confidence)
+
+
+def bootstrap_cluster_mean(
+    values: npt.ArrayLike,
+    clusters: Sequence[Hashable],
+    weights: npt.ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Returns the weighted mean of `values` with its percentile bootstrap interval, in which whole clusters are drawn.
+
+    Comparisons of one prompt share their answers, so they are no independent values; prompts are.
+
+    Args:
+        values: (N,).
+        clusters: which cluster each value belongs to, N of them.
+        weights: (N,), at least 0, not all 0; None for 1 each.
+        confidence: in (0, 1).
+        num_resamples: how often the clusters are drawn with replacement.
+        seed: of the draws.
+    """
+    checked = _checked("values", values, 1)
+    shares = np.ones_like(checked) if weights is None else _checked("weights", weights, 1)
+    if not len(checked) == len(shares) == len(clusters) or shares.min() < 0 or not shares.sum():
+        raise ValueError("`clusters` and `weights` must have one entry per value, and some weight above 0.")
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    index = np.array([places[cluster] for cluster in clusters])
+    sums, totals = (np.bincount(index, weights=numbers, minlength=len(places)) for numbers in (shares * checked, shares))
+    rng, chunk, means = np.random.default_rng(seed), max(1, _DRAWS_AT_ONCE // len(places)), []
+    for start in range(0, num_resamples, chunk):
+        drawn = _weights(rng, len(places), min(chunk, num_resamples - start), drawn=True)
+        weight = drawn @ totals
+        means.append((drawn @ sums)[weight > 0] / weight[weight > 0])
+    return Estimate(float(sums.sum() / totals.sum()), *percentile_interval(np.concatenate(means), confidence), confidence)
 
 
 def resampled_means(values: npt.ArrayLike, over: Over, num_resamples: int, seed: int) -> Float64Array:

@@ -25,14 +25,6 @@ class ReliabilityBin(NamedTuple):
     observed: float
 
 
-class Interval(NamedTuple):
-    """An estimate and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def sigmoid(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Returns 1/(1 + exp(−x)) without overflow."""
     return np.exp(-np.logaddexp(0.0, -np.asarray(x, dtype=np.float64)))
@@ -87,40 +79,3 @@ def expected_calibration_error(table: Sequence[ReliabilityBin]) -> float:
     """Returns Σ_b n_b/n |stated_b − observed_b| (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
     total = sum(one.weight for one in table)
     return sum(one.weight * abs(one.stated - one.observed) for one in table if one.weight) / total if total else float("nan")
-
-
-def clustered_mean(
-    values: npt.ArrayLike,
-    clusters: Sequence[object],
-    weights: npt.ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Returns a weighted mean and its percentile bootstrap interval, in which whole clusters are drawn.
-
-    Comparisons of one prompt share their answers, so they are no independent observations; prompts are.
-
-    Args:
-        values: (N,).
-        clusters: which cluster each value belongs to, N hashable things.
-        weights: (N,); None for 1 each.
-        confidence: probability that the interval shall hold the truth.
-        num_resamples: bootstrap samples.
-        seed: of the resampling.
-    """
-    value = np.asarray(values, dtype=np.float64)
-    weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    index = np.array([places[cluster] for cluster in clusters])
-    sums, counts = (np.bincount(index, weights=numbers, minlength=len(places)) for numbers in (weight * value, weight))
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(num_resamples):
-        drawn = rng.integers(len(places), size=len(places))
-        total = counts[drawn].sum()
-        if total > 0:
-            means.append(sums[drawn].sum() / total)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))

@@ -7,15 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from textgym.evaluation.calibration import (
-    Interval,
-    ReliabilityBin,
-    clustered_mean,
-    expected_calibration_error,
-    log_loss,
-    reliability_table,
-    sigmoid,
-)
+from textgym.evaluation.bootstrap import Estimate, bootstrap_cluster_mean
+from textgym.evaluation.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_table, sigmoid
 
 Floats = npt.NDArray[np.float64]
 NUM_BINS = 5  # of the confidence ½ to 1
@@ -66,8 +59,8 @@ class RewardModelReport:
     num_records: int
     num_decisions: int
     loss: float
-    accuracy: Interval
-    length_accuracy: Interval
+    accuracy: Estimate
+    length_accuracy: Estimate
     longer_wins: bool
     log_loss: float
     expected_calibration_error: float
@@ -95,8 +88,8 @@ class RewardModelReport:
             num_records=num_records,
             num_decisions=len(delta),
             loss=loss,
-            accuracy=clustered_mean(decisions.right(delta), clusters, weights),
-            length_accuracy=clustered_mean(by_length, clusters, weights),
+            accuracy=bootstrap_cluster_mean(decisions.right(delta), clusters, weights),
+            length_accuracy=bootstrap_cluster_mean(by_length, clusters, weights),
             longer_wins=longer_wins,
             log_loss=log_loss(delta, decisions.outcomes, weights),
             expected_calibration_error=expected_calibration_error(table),
@@ -108,8 +101,6 @@ class RewardModelReport:
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON types."""
         document = asdict(self)
-        for name in ("accuracy", "length_accuracy"):
-            document[name] = getattr(self, name)._asdict()
         document["reliability"] = [
             {key: None if value != value else value for key, value in one._asdict().items()} for one in self.reliability
         ]
@@ -129,8 +120,8 @@ class RewardModelReport:
         return "\n".join(lines)
 
 
-def _share(interval: Interval) -> str:
-    return f"{interval.value:.1%}  [{interval.low:.1%}, {interval.high:.1%}]"
+def _share(interval: Estimate) -> str:
+    return f"{interval.mean:.1%}  [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def best_direction(decisions: Decisions) -> bool:
