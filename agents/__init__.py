@@ -24,6 +24,7 @@ _HOMES = {
     "RLHF": "textgym.agents.rlhf",
     "RLOO": "textgym.agents.rloo",
     "RejectionSampling": "textgym.agents.rejection_sampling",
+    "RewardEnsemble": "textgym.agents.reward_ensemble",
     "RewardModel": "textgym.agents.reward_model",
     "RewardModelTrainer": "textgym.agents.reward_model_trainer",
     "SFT": "textgym.agents.sft",
