@@ -159,12 +159,12 @@ def test_feedback_that_is_there_is_used_first(make: Callable[..., RLHF]) -> None
 def test_demonstrations_make_the_reference(make: Callable[..., RLHF], device: str) -> None:
     start = policy(device)
     before = weights(start)
-    rows = [{"prompt": prompt, "completion": " a joy."} for prompt in PROMPTS]
+    rows = [{"prompt": prompt, "completion": " brilliant."} for prompt in PROMPTS]
     rlhf = make(demonstrations=rows, sft_options={"learning_rate": 3e-3, "n_epochs": 60})
     rlhf.run()
     assert rlhf.agent is not None
     said = rlhf.agent.reference.generate(PROMPTS, 8, temperature=0).texts
-    assert sum(text == " a joy." for text in said) >= 8
+    assert sum(text == " brilliant." for text in said) >= 8
     assert equal(weights(start), before)
 
 
