@@ -213,5 +213,5 @@ def test_it_learns_what_the_annotator_means(tmp_path: Path, device: str) -> None
         max_new_tokens=24,
         num_generations=4,
     )
-    assert done.reward_model["accuracy"]["value"] > 0.55
+    assert done.reward_model["accuracy"]["mean"] > 0.55
     assert report.win_rates["true_reward"].low > 0.55

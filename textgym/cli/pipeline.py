@@ -303,6 +303,6 @@ def print_rounds(rounds: "list[Round]", console: "Console") -> None:
         table.add_column(name, justify="right")
     for one in rounds:
         report = one.reward_model
-        shown = [f"{report[name]['value']:.1%}" if name in report else "" for name in ("accuracy", "length_accuracy")]
+        shown = [f"{report[name]['mean']:.1%}" if name in report else "" for name in ("accuracy", "length_accuracy")]
         table.add_row(str(one.number), f"{one.comparisons:,}", *shown, f"{one.timesteps:,}")
     console.print(table)
