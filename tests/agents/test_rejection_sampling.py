@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents import SFT, RejectionSampling, keep_best
-from textgym.exact import best_of_n, completion_distance, expected_reward
+from textgym.agents import SFT, CausalLMPolicy, RejectionSampling, keep_best
+from textgym.exact import best_of_n, completion_distance, expected_reward, hard_tree
+from textgym.exact.models import tiny_lm
 
 
 def test_the_best_of_each_prompt_become_examples(task):
@@ -55,30 +56,30 @@ def test_batches_change_who_is_drawn_but_not_what_belongs_together(task):
 
 
 @pytest.mark.slow
-def test_one_round_to_convergence_is_best_of_n(task):
-    """π_ref's best of 4, in 3 · 2,500 samples, learned by heart: the distribution that `best_of_n` computes, not π_ref's own."""
-    tree, policy = task.tree, task.policy()
+def test_one_round_to_convergence_is_best_of_n(device):
+    """The best of 4 of π_ref, in 3 · 3,000 samples, learned to convergence: what `best_of_n` computes, not π_ref."""
+    tree = hard_tree(0, vocab_size=3, horizon=2)
+    policy = CausalLMPolicy(tiny_lm(tree), tree.tokenizer(), device=device)
     expected, start = best_of_n(tree, policy, 4), tree.log_probs(policy)
     agent = RejectionSampling(
         policy,
-        tree.prompt_texts * 2500,
-        task.reward,
+        tree.prompt_texts * 3000,
+        tree.reward_function(),
         learning_rate=lambda left: 1e-2 * left,
         n=4,
-        max_new_tokens=3,
-        n_epochs=40,
-        batch_size=750,
-        sampling_batch_size=2500,
+        max_new_tokens=2,
+        n_epochs=12,
+        batch_size=900,
+        sampling_batch_size=3000,
         seed=0,
     )
     (found,) = agent.learn().rounds
-    assert agent.reward_queries == 3 * 2500 * 4
-    distance = completion_distance(tree.log_probs(policy), expected)
-    assert completion_distance(start, expected).min() > 0.3
-    assert distance.max() < 0.05  # sampling noise alone: about 0.03
+    assert agent.reward_queries == 3 * 3000 * 4
+    assert completion_distance(start, expected).min() > 0.25
+    assert completion_distance(tree.log_probs(policy), expected).max() < 0.04  # seeds 0 to 3: at most 0.02, half of it sampling noise
     # Cross-entropy of the samples per token: the entropy of best-of-n over its mean length.
     entropy = -(np.exp(expected) * expected).sum() / (np.exp(expected) * tree.lengths).sum()
-    assert found.nats_per_token == pytest.approx(entropy, abs=0.03)
+    assert found.nats_per_token == pytest.approx(entropy, abs=0.02)
 
 
 def test_rounds_go_on_from_the_policy_as_it_is(task):

@@ -89,3 +89,15 @@ def test_wrong_arguments_are_errors(task, held_out):
         WinRateEvaluation(held_out, "answer")
     with pytest.raises(ValueError, match="name of a reward of the environment"):
         WinRateEvaluation(held_out, "reference", judge="gold", episodes=6).run(agent_of(task))
+
+
+@pytest.mark.parametrize("opponent", [None, "reference"])
+def test_the_opponent_is_sampled_and_scored_once(task, held_out, opponent):
+    evaluation = WinRateEvaluation(held_out, opponent, episodes=12)
+    agent = agent_of(task)
+    queries = []
+    for _ in range(3):
+        before = task.reward.rows
+        evaluation.run(agent)
+        queries.append(task.reward.rows - before)
+    assert queries == [24, 12, 12]
