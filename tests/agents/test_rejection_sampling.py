@@ -111,7 +111,7 @@ def test_prompts_come_in_random_order_without_repetition(task):
 def test_the_same_seed_is_the_same_run(task):
     def train(seed):
         policy = task.policy()
-        RejectionSampling(policy, task.tree.prompt_texts * 4, task.reward, 1e-2, max_new_tokens=3, seed=seed).learn(2)
+        RejectionSampling(policy, task.tree.prompt_texts * 4, task.reward, 1e-2, max_new_tokens=3, batch_size=4, seed=seed).learn(2)
         return torch.cat([parameter.flatten() for parameter in policy.parameters()])
 
     assert torch.equal(train(0), train(0))
