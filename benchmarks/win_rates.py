@@ -134,7 +134,7 @@ def filtered(prepared: Prepared, n: int, rounds: int, **options: Any) -> CausalL
 
 CANDIDATES = {
     "SFT": Candidate(sft),
-    "DPO": Candidate(dpo, {"learning_rate": 1e-3, "beta": 0.3, "batch_size": 64}),
+    "DPO": Candidate(dpo, {"learning_rate": 5e-4, "beta": 0.6, "batch_size": 64, "n_epochs": 3}),
     "REINFORCE": Candidate(online, {"algorithm": "REINFORCE", "learning_rate": 5e-4}),
     "PPO": Candidate(online, {"algorithm": "PPO", "learning_rate": 5e-4, "n_epochs": 2, "batch_size": 32}),
     "RLOO k=2": Candidate(online, {"algorithm": "RLOO", "learning_rate": 5e-4, "num_generations": 2}),
