@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeAlias
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 
 from textgym import agents
 from textgym.agents.common.checks import check_count
@@ -129,6 +130,7 @@ class RLHF:
         reward_model_options: further arguments of `RewardModelTrainer`.
         sft_options: further arguments of `SFT`.
         checkpoint_interval: timesteps of RL between two checkpoints.
+        logger: where the agent logs; None as an agent does by itself.
         seed: of everything that is drawn here; the annotator has its own.
 
     Attributes:
@@ -157,6 +159,7 @@ class RLHF:
         reward_model_options: Options | None = None,
         sft_options: Options | None = None,
         checkpoint_interval: int = 20_000,
+        logger: Logger | None = None,
         seed: int = 0,
     ) -> None:
         counts = {
@@ -173,7 +176,7 @@ class RLHF:
         self.num_pairs, self.timesteps_per_round, self.max_new_tokens = num_pairs, timesteps_per_round, max_new_tokens
         self.num_envs, self.checkpoint_interval, self.seed = num_envs, checkpoint_interval, seed
         self.agent_options, self.reward_model_options = dict(agent_options or {}), dict(reward_model_options or {})
-        self.sft_options = dict(sft_options or {})
+        self.sft_options, self.logger = dict(sft_options or {}), logger
         self.reward = LatestReward()
         self.agent: OnlineAgent | None = None
         self.rounds: list[Round] = []
@@ -347,10 +350,12 @@ class RLHF:
         )
         saved = self.folder / "agent"
         if saved.exists():
-            functions = {name: value for name, value in self.agent_options.items() if callable(value)}
-            agent: OnlineAgent = self.agent_class.load(saved, env=envs, device=policy.device, **functions)
+            not_saved = {name: value for name, value in self.agent_options.items() if callable(value) or name == "evaluation"}
+            agent: OnlineAgent = self.agent_class.load(saved, env=envs, device=policy.device, **not_saved)
         else:
             agent = self.agent_class(policy, envs, **{"seed": self.seed, **self.agent_options})
+        if self.logger is not None:
+            agent.set_logger(self.logger)
         return agent
 
 

@@ -72,11 +72,11 @@ class MeasuredEvaluation(Evaluation):
         env: over held-out prompts; its rewards hold the true one at weight 0.
         true_name: the name of that; None if there is none.
         interval: iterations between two evaluations.
-        best_model_path: folder for the best model by reward.
+        best_model_path: folder for the best model by reward; None keeps none.
         max_kl: the KL a model may have to count, nats per sequence; None is no bound.
     """
 
-    def __init__(self, env: Any, true_name: str | None, interval: int, best_model_path: Path, max_kl: float | None) -> None:
+    def __init__(self, env: Any, true_name: str | None, interval: int, best_model_path: Path | None, max_kl: float | None) -> None:
         super().__init__(env, interval=interval, best_model_path=best_model_path, max_kl=max_kl)
         self.true_name = true_name
 

@@ -1,6 +1,7 @@
 """`textgym pipeline`: from demonstrations and comparisons to a reward model and a policy, in one round or in many."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from textgym.bundled import bundled_model_path, bundled_prompts
-from textgym.cli.algorithms import ALGORITHMS, Algorithm, betas, learning_rates
+from textgym.cli.algorithms import ALGORITHMS, Algorithm, agent_class, betas, learning_rates
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, one_line, one_sentence_errors
-from textgym.cli.run_folder import new_path, write_json
+from textgym.cli.run_folder import RunFolder, new_path, write_json
 from textgym.cli.settings import TrainSettings, option, parse_options, was_given
 from textgym.errors import FeedbackNeeded
 
@@ -25,9 +26,12 @@ GOLD = "film-review-true"
 BUNDLED_TEMPERATURE = 0.25  # the bundled gold reward lies between about -2 and 1
 BUNDLED_REWARD_MODEL = {"learning_rate": 1e-3, "n_epochs": 2}
 BUNDLED_SFT = {"learning_rate": 1e-4}
+TRUE = "annotator"  # the annotator's own reward, which is only measured
 GENERATIONS = 4  # completions of each held-out prompt in the report
 CHECKPOINT_INTERVAL = 20_000  # timesteps
 CONFIG = "config.json"
+RESERVED = ("policy", "env", "reference", "learning_rate", "beta", "evaluation", "seed", "device", "tensorboard_log")
+REWARD_MODEL_RESERVED = ("reward_model", "feedback", "evaluation", "seed", "device", "tensorboard_log")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class PipelineSettings:
             eval_prompts=self.eval_prompts,
             beta=self.beta,
             learning_rate=self.learning_rate,
+            num_envs=self.num_envs,
+            max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             device=self.device,
         )
@@ -176,6 +182,11 @@ def _check(settings: PipelineSettings) -> None:
         raise UserError(
             f"--algorithm must be one that samples, not {settings.algorithm}: textgym train {settings.algorithm} learns from files."
         )
+    from textgym.agents import RewardModelTrainer
+    from textgym.cli.workplace import check_options
+
+    check_options(settings.options, agent_class(settings.algorithm), RESERVED)
+    check_options(settings.reward_model_options, RewardModelTrainer, REWARD_MODEL_RESERVED, "--set-reward-model")
     if settings.model is not None and settings.prompts is None:
         raise UserError("--prompts must be given with --model: the bundled prompts were made for the bundled model.")
 
@@ -210,9 +221,10 @@ def run(settings: PipelineSettings, folder: Path) -> None:
     rlhf, held_out = _make(settings, folder)
     limit_threads(rlhf.start)
     if len(rlhf.rounds) >= settings.rounds:
-        raise UserError(f"--resume {folder}: its {len(rlhf.rounds)} rounds are done; to go on, give more --rounds.")
+        done = f"{len(rlhf.rounds)} round{'s are' if len(rlhf.rounds) > 1 else ' is'} done"
+        raise UserError(f"--resume {folder}: its {done}; to go on, give more --rounds.")
     try:
-        with StopRequest() as request:
+        with StopRequest() as request, closing(RunFolder(folder).logger()) as rlhf.logger:
             between = BetweenIterations(request, rlhf.save, CHECKPOINT_INTERVAL)
             rlhf.run(settings.rounds, callback=[between], progress_bar=True, announce=lambda text: console.print(text, style="dim"))
     except FeedbackNeeded as needed:
@@ -223,7 +235,17 @@ def run(settings: PipelineSettings, folder: Path) -> None:
             rlhf.save()
         console.print(f"Stopped. Go on with:\n  textgym pipeline --resume {folder}", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        plot_progress(folder, f"{settings.algorithm.upper()} in {settings.rounds} round{'s' if settings.rounds > 1 else ''}")
     _finish(rlhf, held_out, settings, console)
+
+
+def plot_progress(path: Path, title: str) -> None:
+    """Draws the learning curves of a run folder, as far as there are some."""
+    from textgym.cli.plots import plot_curves
+
+    folder = RunFolder(path)
+    plot_curves(folder.read_metrics(), folder.curves, title)
 
 
 def _make(settings: PipelineSettings, folder: Path) -> "tuple[RLHF, list[dict[str, Any]]]":
@@ -254,7 +276,30 @@ def _make(settings: PipelineSettings, folder: Path) -> "tuple[RLHF, list[dict[st
         sft_options=BUNDLED_SFT if settings.model is None else None,
         seed=settings.seed,
     )
+    rlhf.agent_options["evaluation"] = _evaluation(rlhf, held_out, settings)
     return rlhf, held_out
+
+
+def _evaluation(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: PipelineSettings) -> Any:
+    """Measures the latest reward, and the annotator's where there is one, on held-out prompts during training."""
+    import gymnasium
+
+    from textgym.cli.measuring import MeasuredEvaluation
+    from textgym.cli.workplace import MAX_EVALUATION_ROWS
+    from textgym.rewards import RewardSet
+
+    gold = getattr(rlhf.annotator, "reward", None)
+    names = ["reward_model", *([] if gold is None else [TRUE])]
+    envs = gymnasium.make_vec(
+        "textgym:TextGen-v0",
+        num_envs=min(len(held_out), MAX_EVALUATION_ROWS),
+        prompts=held_out,
+        tokenizer=rlhf.start.tokenizer,
+        reward=RewardSet.build([rlhf.reward, *([] if gold is None else [gold])], [1.0, 0.0][: len(names)], names),
+        max_new_tokens=settings.max_new_tokens,
+    )
+    interval = replace(settings.training, total_timesteps=settings.total_timesteps).evaluation_interval
+    return MeasuredEvaluation(envs, None if gold is None else TRUE, interval, None, None)
 
 
 def _annotator(settings: PipelineSettings) -> Any:

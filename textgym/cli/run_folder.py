@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textgym.cli.algorithms import command
 from textgym.cli.errors import UserError
 from textgym.cli.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
 
 _PACKAGES = ("textgym", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
 
@@ -124,6 +127,13 @@ class RunFolder:
     def resume_command(self) -> str:
         """Returns the command that goes on with the run."""
         return f"{command(self.settings().algorithm)} --resume {shlex.quote(str(self.path))}"
+
+    def logger(self) -> "Logger":
+        """Returns a logger that writes the next `progress.csv` and TensorBoard events; close it in the end."""
+        from stable_baselines3.common.logger import Logger, make_output_format
+
+        csv_format = make_output_format("csv", str(self.path), self.metrics_suffix())
+        return Logger(str(self.path), [csv_format, make_output_format("tensorboard", str(self.tensorboard))])
 
     def metrics_suffix(self) -> str:
         """Returns what to append to the name of the next `progress.csv`, so that none is overwritten."""

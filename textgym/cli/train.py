@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from stable_baselines3.common.logger import Logger, make_output_format
 
 from textgym.agents.common.progress import ProgressCallback
 from textgym.cli import offline_workplace
@@ -92,12 +91,7 @@ class Run:
             typer.Exit: training was interrupted, or a reward or callback failed.
         """
         remaining = self.settings.training_length - self.agent.num_timesteps
-        suffix = self.folder.metrics_suffix()
-        formats = [
-            make_output_format("csv", str(self.folder.path), suffix),
-            make_output_format("tensorboard", str(self.folder.tensorboard)),
-        ]
-        logger = Logger(str(self.folder.path), formats)
+        logger = self.folder.logger()
         self.agent.set_logger(logger)
         bar = ProgressCallback()
         try:

@@ -177,19 +177,19 @@ def check_positions(environments: Sequence["VectorEnv[Any, Any, Any]"], policy: 
         )
 
 
-def check_options(options: Mapping[str, Any], agent_class: type, reserved: Collection[str]) -> None:
-    """Raises if `--set` names something that is no argument of the algorithm, or that the command sets itself."""
+def check_options(options: Mapping[str, Any], agent_class: type, reserved: Collection[str], given_by: str = "--set") -> None:
+    """Raises if `--set` names something that is no argument of the class, or that the command sets itself."""
     own = [name for name in inspect.signature(agent_class).parameters if name != "options"]
     # `**options: Unpack[...]`: the names are those of the TypedDict.
     (inherited,) = get_args(get_type_hints(agent_class.__init__, include_extras=True)["options"])  # type: ignore[misc]
     possible = [name for name in (*own, *get_type_hints(inherited)) if name not in reserved]
     for name in options:
         if name in reserved:
-            raise UserError(f"--set {name}=... is not possible: it has an option of its own, or the command sets it.")
+            raise UserError(f"{given_by} {name}=... is not possible: it has an option of its own, or the command sets it.")
         if name not in possible:
             close = difflib.get_close_matches(name, possible, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise UserError(f"--set {name}=...: {agent_class.__name__} has no such argument.{hint} It has: {', '.join(possible)}.")
+            raise UserError(f"{given_by} {name}=...: {agent_class.__name__} has no such argument.{hint} It has: {', '.join(possible)}.")
 
 
 def make_environments(settings: TrainSettings, tokenizer: Any) -> tuple["VectorEnv[Any, Any, Any]", "VectorEnv[Any, Any, Any]", Rewards]:
