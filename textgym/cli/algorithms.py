@@ -39,6 +39,7 @@ class Defaults:
 
 
 SFT = "sft"
+REWARD = "reward"  # no algorithm of its own: what `textgym reward` is called in run folders
 ALGORITHMS: dict[str, Defaults] = {
     Algorithm.PPO: Defaults("PPO", 5e-4),
     Algorithm.REINFORCE: Defaults("REINFORCE", 1e-3),
@@ -84,4 +85,4 @@ def set_by_default() -> str:
 
 def command(algorithm: str) -> str:
     """Returns the command that trains with an algorithm."""
-    return f"textgym {algorithm}" if algorithm == SFT else f"textgym train {algorithm}"
+    return f"textgym {algorithm}" if algorithm in (SFT, REWARD) else f"textgym train {algorithm}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from textgym.bundled import bundled_prompts
 from textgym.bundled.grammar import sample_review, to_text
-from textgym.feedback import SyntheticAnnotator
+from textgym.feedback import Comparison, SyntheticAnnotator
 
 if TYPE_CHECKING:
     from textgym.agents import CausalLMPolicy
@@ -14,6 +14,8 @@ Row = dict[str, Any]
 DEMONSTRATIONS = 2000
 COMPLETIONS_PER_PROMPT = 20  # of 200 prompts: 2,000 pairs
 REWARD = "film-review"
+TRUE_REWARD = "film-review-true"
+ANNOTATOR_TEMPERATURE = 0.25  # of the comparisons that a reward model is trained on, in true reward
 FAVOURABLE = 0.95  # probability that an opinion in a demonstration is favourable
 PROMPT_WORDS = (2, 8)
 
@@ -47,6 +49,15 @@ def preferences(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> lis
         chosen, rejected = (one, other) if outcome else (other, one)
         pairs.append({**_ids(chosen, "chosen_ids"), "rejected_ids": rejected["completion_ids"]})
     return pairs
+
+
+def comparisons(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Comparison]:
+    """Returns pairs of the policy's own completions of the bundled prompts, compared by a noisy annotator who knows the true reward."""
+    rows = _sampled(policy, seed, max_new_tokens)
+    first, second = rows[::2], rows[1::2]
+    texts = [[row["completion"] for row in half] for half in (first, second)]
+    annotator = SyntheticAnnotator(TRUE_REWARD, temperature=ANNOTATOR_TEMPERATURE, seed=[seed, 1])
+    return annotator.compare([row["prompt"] for row in first], *texts)
 
 
 def labelled(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Row]:

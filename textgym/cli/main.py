@@ -12,6 +12,7 @@ from textgym.cli.evaluate import evaluate
 from textgym.cli.label import label
 from textgym.cli.pipeline import pipeline
 from textgym.cli.plot import plot
+from textgym.cli.reward import reward
 from textgym.cli.settings import TrainSettings, option, parse_options, was_given
 from textgym.rewards.named import reward_names
 
@@ -306,6 +307,7 @@ app.command()(pipeline)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(label)
+app.command()(reward)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from textgym.cli.run_folder import TIMESTEPS
+from textgym.evaluation.calibration import ReliabilityBin
 
 Rows = list[dict[str, float]]
 
@@ -25,7 +26,11 @@ PANELS = (
     Panel("loss", "train/loss", "eval/loss"),
     Panel("accuracy: preferences in the order of the implicit reward", "rewards/accuracies", "eval/accuracy"),
 )
-
+REWARD_MODEL_PANELS = (
+    Panel("loss", "train/loss", "eval/loss"),
+    Panel("accuracy: feedback that the reward agrees with", "train/accuracy", "eval/accuracy"),
+    Panel("margin: how far apart the reward holds what differs", "train/reward_margin", "eval/reward_margin"),
+)
 
 KL = "eval/kl_per_sequence"
 REWARDS = ("eval/reward_mean", "eval/true_reward_mean")
@@ -37,15 +42,16 @@ def series(rows: Rows, metric: str | None) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_curves(rows: Rows, path: Path, title: str) -> None:
+def plot_curves(rows: Rows, path: Path, title: str, panels: Sequence[Panel] = PANELS) -> None:
     """Draws reward, true reward, KL, loss and accuracy over tokens, those that there are.
 
     Args:
         rows: logged metrics, one dict per iteration.
         path: the PNG to write.
         title: over all panels.
+        panels: what to draw.
     """
-    panels = [panel for panel in PANELS if series(rows, panel.training)[0] or series(rows, panel.held_out)[0]]
+    panels = [panel for panel in panels if series(rows, panel.training)[0] or series(rows, panel.held_out)[0]]
     if not panels:
         return  # stopped before the first iteration
     figure = _figure(len(panels))
@@ -111,3 +117,31 @@ def _figure(columns: int, lines: int = 1) -> Any:
     figure = Figure(figsize=(5.0 * columns, 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plot_reliability(table: Sequence[ReliabilityBin], path: Path, title: str) -> None:
+    """Draws how often a reward model is right against how often it says so.
+
+    Args:
+        table: of a `RewardModelReport`.
+        path: the PNG to write.
+        title: over the picture.
+    """
+    figure = _figure(1)
+    axes = figure.subplots()
+    there = [one for one in table if one.weight]
+    total = sum(one.weight for one in there)
+    axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="calibrated")
+    axes.plot([one.stated for one in there], [one.observed for one in there], "o-", color="C1", label="held out")
+    axes.bar(
+        [(one.low + one.high) / 2 for one in there],
+        [one.weight / total for one in there],
+        width=0.8 * (table[0].high - table[0].low),
+        color="C0",
+        alpha=0.25,
+        label="share of the feedback",
+    )
+    axes.set(xlabel="stated probability of the favoured side, σ(|Δ|)", ylabel="how often it was right", ylim=(0, 1.02), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)

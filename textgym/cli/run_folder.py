@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from textgym.cli.algorithms import command
+from textgym.cli.algorithms import REWARD, command
 from textgym.cli.errors import UserError
 from textgym.cli.settings import TrainSettings
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
 
 _PACKAGES = ("textgym", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
+
+
+class Settings(Protocol):
+    """What a command was told, as it is stored in `config.json`; one of its entries is `algorithm`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as JSON types."""
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        """Reads what `to_json` wrote."""
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class RunFolder:
@@ -76,7 +90,7 @@ class RunFolder:
     def _is_free(self) -> bool:
         return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
-    def create(self, settings: TrainSettings) -> None:
+    def create(self, settings: Settings) -> None:
         """Makes the folder, in the place of the run that is there, and writes `config.json`."""
         if not self._is_free():
             shutil.rmtree(self.path)
@@ -113,20 +127,34 @@ class RunFolder:
         return [start, *self.read_metrics()]
 
     def settings(self) -> TrainSettings:
-        """Reads the settings of the run."""
+        """Reads the settings of a run of `textgym train` or `textgym sft`."""
+        if self.algorithm == REWARD:
+            raise UserError(f"{self.path} is a run of textgym reward, which trains no policy.")
+        return self.read_settings(TrainSettings)
+
+    def read_settings(self, kind: type[SettingsT]) -> SettingsT:
+        """Reads the settings of the run, which are of the class `kind`."""
         try:
-            return TrainSettings.from_json(json.loads(self.config.read_text(encoding="utf-8"))["settings"])
+            return kind.from_json(json.loads(self.config.read_text(encoding="utf-8"))["settings"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{self.config} is not the config of a run that this version can read ({error!r}).") from error
 
-    def change_settings(self, settings: TrainSettings) -> None:
+    @property
+    def algorithm(self) -> str:
+        """What the run trains with."""
+        try:
+            return str(json.loads(self.config.read_text(encoding="utf-8"))["settings"]["algorithm"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{self.config} is not the config of a run that this version can read ({error!r}).") from error
+
+    def change_settings(self, settings: Settings) -> None:
         """Replaces the settings in `config.json`; the rest of it stays."""
         document = json.loads(self.config.read_text(encoding="utf-8"))
         write_json(self.config, {**document, "settings": settings.to_json()})
 
     def resume_command(self) -> str:
         """Returns the command that goes on with the run."""
-        return f"{command(self.settings().algorithm)} --resume {shlex.quote(str(self.path))}"
+        return f"{command(self.algorithm)} --resume {shlex.quote(str(self.path))}"
 
     def logger(self) -> "Logger":
         """Returns a logger that writes the next `progress.csv` and TensorBoard events; close it in the end."""

@@ -1,31 +1,25 @@
 """`textgym train` and `textgym sft`: measure, train, measure again, and write everything into a run folder."""
 
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
-from textgym.agents.common.progress import ProgressCallback
 from textgym.cli import offline_workplace
 from textgym.cli.algorithms import SFT, agent_class, command
-from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
-from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
+from textgym.cli.errors import UserError, one_line
 from textgym.cli.measuring import MeasuredEvaluation, Measurement, measure
 from textgym.cli.plots import plot_curves
 from textgym.cli.report import numbers_table, print_report, samples_table, samples_text
 from textgym.cli.run_folder import RunFolder, read_json_lines, write_json, write_json_lines
 from textgym.cli.settings import TrainSettings
+from textgym.cli.training import Training
 from textgym.cli.workplace import (
     check_device,
     check_options,
     check_positions,
-    limit_threads,
     load_policies,
     make_environments,
     quiet_transformers,
@@ -35,19 +29,18 @@ from textgym.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from textgym.agents.base import Agent
 
-CHECKPOINTS_PER_RUN = 5
 _RESERVED = ("policy", "env", "learning_rate", "beta", "reference", "evaluation", "seed", "device", "tensorboard_log", "optimizer")
 Rows = list[dict[str, Any]]
 
 
-class Run:
+class Run(Training):
     """One training run: an agent, its environments and its folder."""
 
+    settings: TrainSettings
+
     def __init__(self, agent: "Agent", environment: Any, true_name: str | None, folder: RunFolder, settings: TrainSettings) -> None:
-        self.agent, self.environment, self.true_name = agent, environment, true_name
-        self.folder, self.settings = folder, settings
-        self.console = Console()
-        limit_threads(agent.policy)
+        super().__init__(agent, folder, settings)
+        self.environment, self.true_name = environment, true_name
 
     @classmethod
     def start(cls, settings: TrainSettings, out: Path | None, force: bool) -> "Run":
@@ -83,59 +76,6 @@ class Run:
         summary = {**self.folder.read_summary(), when: asdict(measurement), "timesteps": self.agent.num_timesteps}
         write_json(self.folder.summary, summary)
         write_json_lines(self.folder.samples(when), samples)
-
-    def train(self) -> None:
-        """Trains up to `total_timesteps`; a checkpoint is saved whatever ends it.
-
-        Raises:
-            typer.Exit: training was interrupted, or a reward or callback failed.
-        """
-        remaining = self.settings.training_length - self.agent.num_timesteps
-        logger = self.folder.logger()
-        self.agent.set_logger(logger)
-        bar = ProgressCallback()
-        try:
-            with StopRequest() as request:
-                every = max(1, self.settings.training_length // CHECKPOINTS_PER_RUN)
-                between = BetweenIterations(request, self.save_checkpoint, every)
-                self.agent.learn(remaining, callback=[between, bar], reset_num_timesteps=False)
-            self.save_checkpoint()
-        except (KeyboardInterrupt, TrainingStopped):
-            self._save_unfinished(bar)
-            self._interrupted()
-        except Exception as error:  # a reward of the user's may raise anything
-            self._save_unfinished(bar)
-            self._failed(error)
-        finally:
-            logger.close()
-
-    def save_checkpoint(self) -> None:
-        """Saves the agent, to continue from, and its model, to use."""
-        self.agent.save(self.folder.checkpoint)
-        self.agent.policy.save_pretrained(self.folder.model)
-
-    def _save_unfinished(self, bar: ProgressCallback) -> None:
-        """Keeps what there is of a training that did not come to its end: a checkpoint, the curves so far."""
-        if bar.locals:  # it was started
-            bar.on_training_end()
-        self.save_checkpoint()
-        self.plot()
-
-    def _interrupted(self) -> None:
-        done, total = self.agent.num_timesteps, self.settings.training_length
-        self.console.print(
-            f"Stopped at {done:,} of {total:,} timesteps and saved. Go on with:\n  {self.folder.resume_command()}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(EXIT_INTERRUPTED)
-
-    def _failed(self, error: Exception) -> None:
-        self.folder.error.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        fail(
-            f"{one_line(error)} (Training stopped at {self.agent.num_timesteps:,} timesteps and was saved; the traceback is in "
-            f"{self.folder.error}. When this is mended, go on with: {self.folder.resume_command()})"
-        )
 
     def plot(self) -> None:
         """Draws the curves of all metrics so far."""

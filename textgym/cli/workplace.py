@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
     from textgym.agents import CausalLMPolicy
+    from textgym.agents.base import Trainable
 
 Row = dict[str, Any]
 MAX_HELD_OUT = 64  # prompts that are taken from a file of prompts where no file of held-out ones is given
@@ -141,7 +142,7 @@ def load_policy(name: str, path: str, device: str, temperature: float = 1.0) -> 
         raise UserError(f"{name}: {one_line(error)}") from error
 
 
-def limit_threads(policy: "CausalLMPolicy") -> None:
+def limit_threads(policy: "Trainable") -> None:
     """Computes a small model on the CPU with one thread, unless OMP_NUM_THREADS says otherwise.
 
     Its matrices are too small to share out: the threads spend their time waiting for each other, and on a machine that has anything else to

@@ -1,0 +1,177 @@
+"""`textgym reward`: what it learns from, what it writes, resuming, one-sentence errors."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from textgym.agents import RewardModel, RewardModelTrainer
+from textgym.cli import default_data
+from textgym.cli.reward_run import split
+from textgym.feedback import Comparison, Label, write_feedback
+from textgym.rewards import ClassifierReward
+
+DEVICE = os.environ.get("TEXTGYM_TEST_DEVICE", "cpu")
+QUICK = ["--device", DEVICE, "--out", "run"]
+exact = pytest.mark.skipif(DEVICE != "cpu", reason="runs are bit-identical on the CPU only")
+WORDS = ("bad", "dull", "slow", "silly", "good", "fine", "kind", "warm")
+
+
+@pytest.fixture
+def feedback(textgym) -> str:
+    """A file in the current folder: what is in the second half of the words is better."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.choice(WORDS[4:]), rng.choice(WORDS[:4])) for _ in range(60)]
+    write_feedback("feedback.jsonl", [Comparison(f"the plot {i % 15} was", f" {a}.", f" {b}.") for i, (a, b) in enumerate(pairs)])
+    return "feedback.jsonl"
+
+
+def report() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path("run/report.json").read_text())
+    return found
+
+
+def weights(folder: str) -> dict[str, np.ndarray]:
+    return load_file(Path(folder) / "checkpoint" / "model" / "model.safetensors")
+
+
+def test_a_run_on_a_file(textgym, feedback: str, capsys) -> None:
+    assert textgym("reward", "--feedback", feedback, "--epochs", "8", "--batch-size", "8", *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert "textgym train rloo --reward run/model" in shown and "wins" in shown
+    numbers = report()
+    assert numbers["after"]["num_records"] == 4  # all records of one of the fifteen prompts
+    assert numbers["after"]["accuracy"]["mean"] == 1.0 and numbers["after"]["loss"] < numbers["before"]["loss"]
+    assert {"mean", "texts", "in_weights"} == set(numbers["normalisation"])
+    for name in ("config.json", "progress.csv", "curves.png", "reliability.png", "model/config.json", "best-model/config.json"):
+        assert (Path("run") / name).stat().st_size > 0
+    # Both ways of reading the folder, and the reward of the texts that it was normalised on, are the same.
+    reward = ClassifierReward("run/model", device=DEVICE)
+    texts = [f" {word}." for word in WORDS]
+    scores = reward(["the plot 1 was"] * 8, texts)
+    np.testing.assert_allclose(RewardModel.from_pretrained("run/model", device=DEVICE)(["the plot 1 was"] * 8, texts), scores, atol=1e-5)
+    assert min(scores[4:]) > max(scores[:4])
+
+
+def test_without_options_it_learns_from_the_bundled_models_texts(textgym, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(default_data, "COMPLETIONS_PER_PROMPT", 2)
+    assert textgym("reward", "--total-timesteps", "2000", *QUICK) == 0
+    assert report()["after"]["num_records"] == 20
+    assert textgym("train", "ppo", "--total-timesteps", "200", "--num-envs", "8", "--max-new-tokens", "6", "--reward", "run/model",
+                   "--device", DEVICE, "--out", "rl") == 0  # fmt: skip
+
+
+def test_the_mean_is_zero_on_the_reference_texts(textgym, feedback: str) -> None:
+    rows = [{"prompt": "the end was", "completion": f" {word}."} for word in WORDS]
+    Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert textgym("reward", "--feedback", feedback, "--reference-texts", "texts.jsonl", *QUICK) == 0
+    scores = ClassifierReward("run/model", device=DEVICE)(["the end was"] * 8, [row["completion"] for row in rows])
+    assert np.mean(scores) == pytest.approx(0, abs=1e-4)
+    assert textgym("reward", "--feedback", feedback, "--no-normalise", *QUICK, "--force") == 0
+    trained, saved = weights("run"), load_file("run/model/model.safetensors")
+    assert all(np.array_equal(trained[name], saved[name]) for name in trained)
+
+
+@exact
+def test_resuming_equals_an_uninterrupted_run(textgym, feedback: str, monkeypatch, capsys) -> None:
+    command = ["reward", "--feedback", feedback, "--epochs", "4", "--batch-size", "8", "--eval-interval", "2", "--set", "center_coef=0.1"]
+    assert textgym(*command, "--out", "whole", "--device", DEVICE) == 0
+    train, steps = RewardModelTrainer.train, [0]
+
+    def interrupted(trainer: RewardModelTrainer, rows: Any) -> None:
+        train(trainer, rows)
+        steps[0] += 1
+        if steps[0] == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModelTrainer, "train", interrupted)
+        assert textgym(*command, *QUICK) == 130
+    assert "textgym reward --resume run" in capsys.readouterr().out
+    assert textgym("reward", "--resume", "run", "--device", DEVICE) == 0
+    whole, resumed = weights("whole"), weights("run")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+    assert report()["after"] == json.loads(Path("whole/report.json").read_text())["after"]
+    assert textgym("reward", "--resume", "run") == 2
+    assert "has its" in capsys.readouterr().err
+
+
+def test_patience_stops_early(textgym, feedback: str) -> None:
+    records = [Comparison("the plot 3 was", f" {bad}.", f" {good}.") for good, bad in zip(WORDS[4:], WORDS[:4], strict=True)]
+    write_feedback("opposite.jsonl", records)
+    command = ["--feedback", feedback, "--held-out", "opposite.jsonl", "--epochs", "40", "--patience", "2", "--eval-interval", "2"]
+    assert textgym("reward", *command, *QUICK) == 0
+    settings = json.loads(Path("run/config.json").read_text())["settings"]
+    assert report()["timesteps"] < 0.5 * settings["total_timesteps"]
+
+
+def test_labels_and_spans(textgym) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": f"the plot was {word} {i}.", "label": "pos" if word == "good" else "neg"} for i in range(15) for word in ("good", "bad")
+    ]
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert textgym("reward", "--feedback", "labels.jsonl", "--positive", "pos", "--epochs", "10", "--batch-size", "8", *QUICK) == 0
+    assert report()["after"]["num_records"] == 3 and report()["after"]["accuracy"]["mean"] == 1.0
+    spans = [
+        {"prompt": f"say {i}", "completion": " the plot was bad. the end was good.", "spans": [{"category": "rude", "start": 0, "end": 18}]}
+        for i in range(20)
+    ]
+    Path("spans.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spans))
+    assert textgym("reward", "--feedback", "spans.jsonl", *QUICK, "--force") == 0
+    assert RewardModel.from_pretrained("run/model").output_names == ["rude"]
+
+
+def test_whole_prompts_are_held_out() -> None:
+    records = [Comparison(f"prompt {i % 30}", "a", "b") for i in range(300)]
+    train, held_out = split(records, seed=0)
+    assert len(held_out) == 30 and not {r.prompt for r in train} & {r.prompt for r in held_out}
+    assert split(records, seed=0) == (train, held_out) != split(records, seed=1)
+    labels = [Label("", f"text {i}", i % 2 == 0) for i in range(50)]
+    assert [len(part) for part in split(labels, seed=0)] == [45, 5]
+    same = [Comparison("one prompt", f"{i}", "b") for i in range(50)]
+    assert [len(part) for part in split(same, seed=0)] == [45, 5]
+    many = [Comparison(f"prompt {i}", "a", "b") for i in range(9000)]
+    assert len(split(many, seed=0)[1]) == 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "somewhere"], "--feedback must be given with --model"),
+        (["--held-out", "x.jsonl"], "--held-out must be given with --feedback"),
+        (["--feedback", "none.jsonl"], "--feedback: `feedback` given as a path must be a file"),
+        (["--feedback", "bad.jsonl"], "--feedback: `feedback` must have good rows only, got 1 bad of 2"),
+        (["--feedback", "feedback.jsonl", "--model", "./nowhere"], "--model: `path`"),
+        (["--feedback", "feedback.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--feedback", "feedback.jsonl", "--set", "center=1"], "Did you mean center_coef?"),
+        (["--feedback", "feedback.jsonl", "--set", "seed=1"], "it has an option of its own"),
+        (["--feedback", "feedback.jsonl", "--no-normalise", "--reference-texts", "x"], "cannot be given with --no-normalise"),
+        (["--feedback", "feedback.jsonl", "--reference-texts", "none.jsonl"], "there is none at 'none.jsonl'"),
+        (["--resume", "run"], "there is no run"),
+        (["--resume", "run", "--epochs", "2"], "--epochs cannot be given with --resume"),
+    ],
+)
+def test_errors_are_one_sentence(textgym, feedback: str, arguments: list[str], said: str, capsys) -> None:
+    Path("bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
+    assert textgym("reward", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_bad_rows_can_be_left_out(textgym, feedback: str, capsys) -> None:
+    with Path(feedback).open("a") as file:
+        file.write('{"prompt": "a"}\n')
+    assert textgym("reward", "--feedback", feedback, "--keep-good", *QUICK) == 0
+    assert "left out 1 rows; the first: line 61" in capsys.readouterr().out
+
+
+def test_a_reward_run_is_no_policy(textgym, feedback: str, capsys) -> None:
+    assert textgym("reward", "--feedback", feedback, *QUICK) == 0
+    assert textgym("train", "ppo", "--resume", "run") == 2
+    assert "is a run of textgym reward, which trains no policy" in capsys.readouterr().err
