@@ -56,7 +56,7 @@ MUTATIONS = [
      "positions[row, prompt] = torch.arange(prompt.start, prompt.stop, device=device)", "agents/test_packing.py::test_rows_by_hand"),
     ("packing: first token predicted by the neighbour's last", f"{PACKING}:pack",
      "[prompt.stop - 1, *range", "[here.start - 1, *range", "agents/test_packing.py::test_rows_by_hand"),
-    ("preferences: soft labels not read", f"{ROWS}:preference_row", "example._replace(label=preference)", "example",
+    ("preferences: soft labels not read", f"{ROWS}:preference_row", "record.rejected], record.preference)", "record.rejected])",
      f"{DATA}preferences_labels_and_weights"),
     ("examples: weights not scaled to mean 1", f"{SET}.__init__", "weights / weights.mean()", "weights",
      f"{DATA}each_completion_is_stored_once"),

@@ -1,0 +1,61 @@
+"""Deliberate mistakes in the losses and the calibration of reward models; rows of `Mutation`, see `mutations.py`."""
+
+LOSSES = "textgym.agents.common.reward_losses"
+CALIBRATION, BOOTSTRAP, REPORT = (
+    "textgym.evaluation.calibration",
+    "textgym.evaluation.bootstrap",
+    "textgym.evaluation.reward_model_report",
+)
+HAND, NUMBERS = "agents/test_reward_losses.py::test_", "evaluation/test_calibration.py::test_"
+
+# fmt: off
+MUTATIONS = [
+    ("Bradley–Terry: margin added", f"{LOSSES}:bradley_terry_loss", "differences - margins", "differences + margins",
+     f"{HAND}bradley_terry_by_hand"),
+    ("Bradley–Terry: margin forgotten", f"{LOSSES}:bradley_terry_loss",
+     "differences if margins is None else differences - margins", "differences",
+     f"{HAND}soft_labels_have_their_minimum_at_the_log_odds_behind_the_margin"),
+    ("pairs of one prompt: summed", f"{LOSSES}:compared_loss", "masked_mean(", "masked_sum(",
+     f"{HAND}the_pairs_of_one_prompt_are_averaged"),
+    ("pairs of one prompt: the other way round", f"{LOSSES}:pair_differences",
+     "rewards[:, :, None] - rewards[:, None, :]", "rewards[:, None, :] - rewards[:, :, None]",
+     f"{HAND}the_pairs_of_one_prompt_are_averaged"),
+    ("pairs of one prompt: divided over the batch", f"{LOSSES}:compared_loss", "dim=(1, 2)", "dim=None",
+     f"{HAND}only_judged_pairs_count_and_ties_are_half"),
+    ("rankings: worst first", f"{LOSSES}:ranking_loss", "torch.where(present, ranks, last)", "torch.where(present, -ranks, last)",
+     f"{HAND}plackett_luce_of_two_is_bradley_terry"),
+    ("rankings: absent answers stand first", f"{LOSSES}:ranking_loss", "torch.where(present, ranks, last)", "ranks",
+     f"{HAND}rankings_of_different_length_in_one_batch"),
+    ("rankings: ties in the order of the list", f"{LOSSES}:ranking_loss", "if not tied.any():", "if True:",
+     f"{HAND}ties_are_the_mean_over_the_orderings_that_they_allow[[2, 1, 2, 3]]"),
+    ("ties: worse answers do not compete", f"{LOSSES}:_tied_ranking_loss",
+     "worse = torch.cat([group, worse[None]]).logsumexp(0)", "worse = worse",
+     f"{HAND}ties_are_the_mean_over_the_orderings_that_they_allow[[2, 1, 2, 3]]"),
+    ("ties: the best group taken for the worst", f"{LOSSES}:_tied_ranking_loss", "reversed(rewards.split(sizes))", "rewards.split(sizes)",
+     f"{HAND}ties_are_the_mean_over_the_orderings_that_they_allow[[2, 1, 2, 3]]"),
+    ("ties: the whole group at every place", f"{LOSSES}:_expected_log_sums", "combinations(range(count), size)",
+     "combinations(range(count), count)", f"{HAND}ties_are_the_mean_over_the_orderings_that_they_allow[[1, 1, 1, 1]]"),
+    ("labels: z forgotten", f"{LOSSES}:label_loss", "torch.where(good.bool(), rewards, -rewards)", "rewards", f"{HAND}labels_by_hand"),
+    ("classifier: the other class's logit", f"{LOSSES}:classifier_loss", "positive, 1 - positive", "1 - positive, positive",
+     f"{HAND}the_classifiers_reward_is_its_positive_logit"),
+    ("spans: absent segments count", f"{LOSSES}:span_loss",
+     "masked_mean(label_loss(rewards, clean), present[:, :, None].expand_as(rewards), dim=1)",
+     "label_loss(rewards, clean).mean(1)", f"{HAND}spans_have_a_loss_per_category"),
+    ("spans: averaged over categories", f"{LOSSES}:span_loss", "dim=1", "dim=(1, 2)", f"{HAND}spans_have_a_loss_per_category"),
+    ("centring: differences for sums", f"{LOSSES}:centering_penalty", "rewards[:, :, None] + rewards[:, None, :]",
+     "rewards[:, :, None] - rewards[:, None, :]", f"{HAND}centering_by_hand"),
+    ("centring: an answer paired with itself", f"{LOSSES}:centering_penalty", "diagonal=1", "diagonal=0", f"{HAND}centering_by_hand"),
+    ("log loss: outcome swapped", f"{CALIBRATION}:log_loss", "p * np.logaddexp(0, -delta)", "p * np.logaddexp(0, delta)",
+     f"{NUMBERS}log_loss_by_hand"),
+    ("reliability: intervals closed above", f"{CALIBRATION}:reliability_table", 'side="right"', 'side="left"',
+     f"{NUMBERS}reliability_table_and_error_by_hand"),
+    ("calibration error: intervals count alike", f"{CALIBRATION}:expected_calibration_error",
+     "one.weight * abs(one.stated - one.observed)", "abs(one.stated - one.observed) * total / len(table)",
+     f"{NUMBERS}reliability_table_and_error_by_hand"),
+    ("interval: comparisons drawn singly", f"{BOOTSTRAP}:bootstrap_cluster_mean",
+     "places = {cluster", "clusters = range(len(checked)); places = {cluster",
+     f"{NUMBERS}the_interval_draws_whole_clusters"),
+    ("report: a tie in the reward is right", f"{REPORT}:Decisions.right", "1 - p, 0.5", "1 - p, 1.0", f"{NUMBERS}a_report_by_hand"),
+    ("report: the length baseline always takes the longer", f"{REPORT}:best_direction", ">= 0.5", ">= 0.0", f"{NUMBERS}a_report_by_hand"),
+]
+# fmt: on
