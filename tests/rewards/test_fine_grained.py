@@ -198,3 +198,16 @@ def test_bad_weights_change_nothing(weights, message):
     with pytest.raises(ValueError, match=message):
         rewards.set_weights(weights)
     assert rewards.weights == (1.0, 1.0)
+
+
+def test_named_in_a_file_it_is_the_object_of_that_file(tmp_path, monkeypatch):
+    (tmp_path / "my_objectives.py").write_text(
+        "from textgym.rewards import FineGrainedReward, Objective\nall_of_them = FineGrainedReward([Objective('length', 'sentence')])\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = RewardSet.build("my_objectives:all_of_them")
+    import my_objectives
+
+    assert rewards is my_objectives.all_of_them
+    assert RewardSet.build(["my_objectives:all_of_them", "length"]).names == ("length", "length_2")

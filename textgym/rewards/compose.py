@@ -114,6 +114,7 @@ class RewardSet:
             reward_weights: one finite number per reward of a list; 1 each by default.
             names: names of the parts in `info["rewards"]` and in logs, in place of the functions' own.
         """
+        reward = loaded_reward(reward)
         if isinstance(reward, RewardSet):
             if reward_weights is not None or names is not None:
                 raise ValueError("`reward_weights` and `names` belong to the making of a RewardSet; `reward` is one already.")
