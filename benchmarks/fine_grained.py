@@ -1,6 +1,6 @@
 """Fine-grained against holistic reward at the same budget, on two objectives that conflict (SPEC of both: `objectives`).
 
-    python benchmarks/fine_grained.py [--seeds 5] [--tokens 50000] [--weights 0.3 ...] [--jobs 1] [--out result.json] [--plot result.png]
+    python benchmarks/fine_grained.py [--seeds 5] [--tokens 30000] [--weights 0.3 ...] [--jobs 1] [--out result.json] [--plot result.png]
 
 The bundled model writes film reviews. *Praise* is the mean valence of each sentence's opinions, summed over sentences; *variety* takes half
 a point off for every word that was used before. More sentences are more praise and more repeated words. PPO maximises
@@ -264,10 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Compare fine-grained with holistic rewards at the same budget.")
     result.add_argument("--seeds", type=int, default=5, help="how many seeds; default: 5")
-    result.add_argument("--tokens", type=int, default=50_000, help="tokens that each run generates; default: 50,000")
-    result.add_argument(
-        "--weights", type=float, nargs="*", default=[0.3, 0.45, 0.6, 0.75, 0.9], help="of praise; default: 0.3 0.45 0.6 0.75 0.9"
-    )
+    result.add_argument("--tokens", type=int, default=30_000, help="tokens that each run generates; default: 30,000")
+    result.add_argument("--weights", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9], help="of praise; default: 0.3 0.5 0.7 0.9")
     result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
     result.add_argument("--out", default=None, help="write the numbers to this JSON file")
     result.add_argument("--plot", default=None, help="draw the figures to this PNG file")

@@ -64,6 +64,22 @@ def test_in_a_thread_and_after_pickling(reward):
 
 
 @pytest.mark.slow
+def test_in_the_workers_of_a_vector_environment(reward):
+    """Daemonic processes, which may not have children of `multiprocessing`."""
+    import gymnasium as gym
+
+    prompts = [{"prompt": "the film", "answer": r"$\frac{1}{2}$"}]
+    envs = gym.make_vec("TextGen-v0", num_envs=2, vectorization_mode="async", prompts=prompts, reward=reward, max_new_tokens=8)
+    try:
+        envs.reset(seed=0)
+        end = envs.call("eos_token_ids")[0][0]
+        *_, infos = envs.step([end, end])
+        assert infos["rewards"]["numeric"].tolist() == [0.0, 0.0]
+    finally:
+        envs.close()
+
+
+@pytest.mark.slow
 def test_slow_answers_cost_their_time_and_no_more(reward):
     """The alarm of math-verify stops the first; a process that does not answer at all is killed and started again."""
     start = time.perf_counter()

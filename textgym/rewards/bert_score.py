@@ -8,6 +8,7 @@ of models.
 import os
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from textgym.rewards.classifier import without_progress_bars
 from textgym.rewards.references import ReferenceReward
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class BertScoreReward(ReferenceReward):
         tokenizer = self._tokenizer
         try:
             if self._source is not None:
-                self._model = AutoModel.from_pretrained(self._source)
+                with without_progress_bars():
+                    self._model = AutoModel.from_pretrained(self._source)
             if tokenizer is None:
                 tokenizer = self._source or self._model.config.name_or_path
             if isinstance(tokenizer, str | os.PathLike):

@@ -142,7 +142,7 @@ class ClassifierReward:
         if self._source is not None:
             device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
             try:
-                with _without_progress_bars():
+                with without_progress_bars():
                     model = AutoModelForSequenceClassification.from_pretrained(self._source, dtype=self.dtype)
             except OSError as error:
                 raise ValueError(f"`reward`: cannot load a sequence classifier from {self._source!r}: {error}") from error
@@ -265,7 +265,7 @@ def _range(lengths: "torch.Tensor") -> "torch.Tensor":
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Loads without transformers' bar, which would appear in the middle of whatever first asked for a reward."""
     from transformers.utils import logging
 
