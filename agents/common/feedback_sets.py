@@ -35,7 +35,7 @@ class Entry:
         pairs: the comparisons that it holds, places among `pieces`; ties of a ranking are none.
         ranks: of the K answers, where they are ranked.
         clean: (S, C) bool of a marking, (1, 1) of a label: z = 1.
-        prompt: what tells its prompt from others.
+        prompt: what tells its prompt from others; a text that answers nothing is one of its own.
         weight: how much it counts.
     """
 
@@ -84,13 +84,13 @@ def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entr
         return Entry("compared", pieces, repr(record.first.prompt_ids), record.weight, [(0, 1, record.preference, 0.0)])
     if isinstance(record, Label):
         pieces = model.encode([record.prompt], [record.completion])
-        return Entry("labelled", pieces, repr(record.prompt), record.weight, clean=np.array([[record.good]]))
+        return Entry("labelled", pieces, repr(record.prompt or record.completion), record.weight, clean=np.array([[record.good]]))
     if isinstance(record, Marking):
         unknown = {span.category for span in record.spans} - set(model.output_names)
         if unknown:
             raise ValueError(f"marks {sorted(unknown)}, but the reward model's outputs are {model.output_names} (`output_names=`)")
         pieces, clean = segment_pieces(model, record.prompt, record.completion, record.spans, segmenter)
-        return Entry("marked", pieces, repr(record.prompt), record.weight, clean=clean)
+        return Entry("marked", pieces, repr(record.prompt or record.completion), record.weight, clean=clean)
     raise ValueError(f"is a {type(record).__name__}, from which no reward is learned; let a judge turn it into another form")
 
 

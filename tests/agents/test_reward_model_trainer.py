@@ -365,6 +365,9 @@ def test_labels_and_markings_are_reported_too(policy) -> None:
         model = RewardModel.from_policy(policy, output_names=names, label=None if names is None else "good")
         report = RewardModelTrainer(model, labels, 1e-2, n_epochs=20, seed=0).learn().evaluate(labels)
         assert report.accuracy.mean == 1.0 and report.length_accuracy.mean == 1.0
+    apart = [Label("", f"text {number}", number % 3 == 0) for number in range(30)]  # no prompt that they share
+    interval = RewardModelTrainer(RewardModel.from_policy(policy), None).evaluate(apart).accuracy
+    assert interval.high - interval.low > 0.1
     marked = [Marking(PROMPT, "a fool. ok.", (Span("rude", 2, 6),)), Marking(PROMPT, "a joy. ok.", ())] * 4
     model = RewardModel.from_policy(policy, output_names=["rude"])
     report = RewardModelTrainer(model, marked, 1e-2, n_epochs=30, seed=0).learn().evaluate(marked)
