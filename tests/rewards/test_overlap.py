@@ -41,9 +41,10 @@ def test_bleu_by_hand():
     assert one(BleuReward(max_ngram_order=2), completion, reference) == pytest.approx((4 / 5 * 3 / 4) ** 0.5)
 
 
-def test_effective_order_scores_short_texts():
+def test_effective_order_scores_short_texts(caplog):
     assert one(BleuReward(), "good film", "good film") == 1.0
     assert one(BleuReward(effective_order=False, smoothing="none"), "good film", "good film") == 0.0
+    assert not caplog.records, "a warning at every completion"
 
 
 @pytest.mark.parametrize(

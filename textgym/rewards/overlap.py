@@ -71,7 +71,11 @@ class BleuReward(ReferenceReward):
 
     def scores(self, texts: list[str], references: list[list[str]]) -> list[float]:
         """Returns the BLEU of each text."""
-        return [min(1.0, self._metric.sentence_score(text, own).score / 100.0) for text, own in zip(texts, references, strict=True)]
+        return [min(1.0, self._one(text, own)) for text, own in zip(texts, references, strict=True)]
+
+    def _one(self, text: str, references: list[str]) -> float:
+        # As a corpus of one sentence: `sentence_score` is the same, and warns at every call where `effective_order` is off.
+        return float(self._metric.corpus_score([text], [[reference] for reference in references]).score) / 100.0
 
 
 class ChrfReward(ReferenceReward):
