@@ -46,9 +46,9 @@ from textgym.kl import best_of_n_kl
 AMOUNTS = (500, 1400, PAIRS)
 BETAS = (0.0, 0.05, 0.2)  # in proxy reward per nat; all but 0 for one amount only
 AMOUNT_OF_BETAS = 1400
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-4
 GENERATIONS = 4  # completions per held-out prompt
-MEASURED_AT = (0, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # reward queries
+MEASURED_AT = (0, 256, *range(512, 8193, 512))  # reward queries
 NS = (1, 2, 4, 8, 16, 32, 64)
 DRAWN = 128  # completions per held-out prompt for best-of-n
 
@@ -61,9 +61,11 @@ class Amount(Prepared):
 
     @property
     def reward_model_folder(self) -> Path:
+        """Where it lies."""
         return self.folder / f"reward-model-{self.pairs}"
 
     def reward_model(self) -> RewardModel:
+        """Returns it."""
         return RewardModel.from_pretrained(self.reward_model_folder, device="cpu")
 
 
@@ -199,3 +201,160 @@ def gains(points: list[dict[str, float]]) -> dict[str, np.ndarray]:
         "gold": column["gold"] - column["gold"][0],
         "proxy": TEMPERATURE * (column["proxy"] - column["proxy"][0]),
     }
+
+
+def label(pairs: int, beta: float) -> str:
+    """What a row of the table is called."""
+    return f"{pairs:,} pairs, β = {beta:g}"
+
+
+def cell(values: list[float], digits: int = 2) -> str:
+    """Mean and interval over seeds."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def table(runs: list[dict[str, Any]], bests: list[dict[str, Any]]) -> str:
+    """The peak and the end of every curve as a Markdown table, means over seeds with Student's 95 % interval."""
+    lines = [
+        "| | peak of gold | KL there, nats | gold at the end | proxy at the end | KL at the end | tokens | repeated 3-grams | verdicts |",
+        "|---" * 9 + "|",
+    ]
+    for pairs, beta in dict.fromkeys((run["pairs"], run["beta"]) for run in runs):
+        own = [run for run in runs if (run["pairs"], run["beta"]) == (pairs, beta)]
+        curves, last = [gains(run["points"]) for run in own], [run["points"][-1] for run in own]
+        peaks = [int(curve["gold"].argmax()) for curve in curves]
+        cells = [
+            cell([curve["gold"][peak] for curve, peak in zip(curves, peaks, strict=True)]),
+            cell([run["points"][peak]["kl"] for run, peak in zip(own, peaks, strict=True)], 1),
+            cell([curve["gold"][-1] for curve in curves]),
+            cell([curve["proxy"][-1] for curve in curves]),
+            cell([point["kl"] for point in last], 1),
+            cell([point["length"] for point in last], 1),
+            cell([point["repetition"] for point in last]),
+            ", ".join(run["verdict"]["verdict"] for run in own),
+        ]
+        lines.append(f"| RLOO, {label(pairs, beta)} | {' | '.join(cells)} |")
+    for pairs in dict.fromkeys(best["pairs"] for best in bests):
+        curves = [gains(best["points"]) for best in bests if best["pairs"] == pairs]
+        peaks = [int(curve["gold"].argmax()) for curve in curves]
+        cells = [
+            cell([curve["gold"][peak] for curve, peak in zip(curves, peaks, strict=True)]),
+            cell([curve["distance"][peak] ** 2 for curve, peak in zip(curves, peaks, strict=True)], 1),
+            cell([curve["gold"][-1] for curve in curves]),
+            cell([curve["proxy"][-1] for curve in curves]),
+            f"{curves[0]['distance'][-1] ** 2:.1f}",
+        ]
+        lines.append(f"| best of 1 … {NS[-1]}, {pairs:,} pairs | {' | '.join(cells)} | | | |")
+    return "\n".join(lines)
+
+
+def quotations(runs: list[dict[str, Any]]) -> str:
+    """What the last policies write where proxy rose and gold fell most: one text of every run without a KL term."""
+    lines = []
+    for run in runs:
+        if run["beta"] == 0 and run["verdict"]["samples"]:
+            worst = run["verdict"]["samples"][0]
+            lines += [
+                f"{label(run['pairs'], run['beta'])}, seed {run['seed']}: proxy {TEMPERATURE * worst['proxy_change']:+.2f}, gold "
+                f"{worst['gold_change']:+.2f}",
+                f"  before: {worst['prompt']} |{worst['before']}",
+                f"  after:  {worst['prompt']} |{worst['after']}",
+            ]
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: str) -> None:
+    """Draws gold (solid) and proxy (dashed) over √KL: every amount at β = 0, best-of-n, and every β at one amount."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained", sharey=True)
+    for place, pairs in enumerate(AMOUNTS):
+        draw(left, [run for run in runs if run["pairs"] == pairs and run["beta"] == 0], f"C{place}", f"{pairs:,} comparisons")
+        draw(middle, [best for best in bests if best["pairs"] == pairs], f"C{place}", f"{pairs:,} comparisons")
+    for place, beta in enumerate(BETAS):
+        own = [run for run in runs if run["pairs"] == AMOUNT_OF_BETAS and run["beta"] == beta]
+        draw(right, own, f"C{3 + place}", f"β = {beta:g}")
+    titles = ("RLOO without a KL term", f"best of n, n = 1 … {NS[-1]}", f"RLOO, {AMOUNT_OF_BETAS:,} comparisons: the effect of β")
+    for axis, title in zip((left, middle, right), titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("√KL to the SFT model, √nats" + (" (bound)" if axis is middle else ""))
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+    left.set_ylabel("gain over the SFT model, in gold reward\nsolid: gold, dashed: proxy; thin: seeds, thick: their mean")
+    figure.savefig(path, dpi=150)
+
+
+def draw(axis: Any, curves: list[dict[str, Any]], colour: str, name: str) -> None:
+    """Draws one group: each seed thin, and thick the mean of √KL and of the gain at equal numbers of queries (or n)."""
+    if not curves:
+        return
+    found = [gains(curve["points"]) for curve in curves]
+    for key, style in (("gold", "-"), ("proxy", "--")):
+        for one in found:
+            axis.plot(one["distance"], one[key], style, color=colour, linewidth=0.8, alpha=0.4)
+        distance, mean = (np.mean([one[column] for one in found], axis=0) for column in ("distance", key))
+        axis.plot(distance, mean, style, color=colour, linewidth=2.2, label=name if key == "gold" else None)
+
+
+def main() -> int:
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    kinds = [*((pairs, 0.0) for pairs in AMOUNTS), *((AMOUNT_OF_BETAS, beta) for beta in BETAS if beta)]
+    begin = time.perf_counter()
+    models: list[dict[str, Any]] = []
+    bests: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, each_in(options.jobs) as parallel:
+        work = options.work or Path(folder)
+        for found in parallel(partial(fit, work=work), seeds):
+            models += found
+            for one in found:
+                print(
+                    f"seed {one['seed']}, {one['pairs']:5,} pairs: right in {one['accuracy']['mean']:.1%} of held-out comparisons",
+                    flush=True,
+                )
+        for found in parallel(partial(best_of, work=work), seeds):
+            bests += found
+        for run in parallel(partial(train, work=work), [(seed, *kind) for seed in seeds for kind in kinds]):
+            runs.append(run)
+            curve, last = gains(run["points"]), run["points"][-1]
+            print(
+                f"seed {run['seed']}, {label(run['pairs'], run['beta']):24}  peak of gold {curve['gold'].max():6.3f}"
+                f"  gold {curve['gold'][-1]:6.3f}  proxy {curve['proxy'][-1]:6.3f}"
+                f"  KL {last['kl']:6.1f}  {run['verdict']['verdict']}  {run['seconds']:4.0f} s",
+                flush=True,
+            )
+    runs.sort(key=lambda run: kinds.index((run["pairs"], run["beta"])))
+    minutes = (time.perf_counter() - begin) / 60
+    print(f"\n{table(runs, bests)}\n\n{quotations(runs)}\n\n{minutes:.0f} minutes with {options.jobs} jobs")
+    if options.out:
+        document = {
+            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
+            "minutes": minutes,
+            "temperature": TEMPERATURE,
+            "learning_rate": LEARNING_RATE,
+            "reward_models": models,
+            "best_of_n": bests,
+            "runs": runs,
+        }
+        Path(options.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(runs, bests, options.plot)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description="Gold and proxy reward over √KL on the bundled task: when does optimising the proxy hurt?")
+    result.add_argument("--seeds", type=int, default=3, help="how many seeds; default: 3")
+    result.add_argument("--first-seed", type=int, default=0, help="the first of them; default: 0")
+    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
+    result.add_argument("--work", type=Path, default=None, help="keep what the seeds prepare in this folder, and use what is there")
+    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
+    result.add_argument("--plot", default=None, help="draw the curves to this PNG file")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
