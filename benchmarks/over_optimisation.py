@@ -49,6 +49,7 @@ AMOUNT_OF_BETAS = 1400
 LEARNING_RATE = 1e-4
 GENERATIONS = 4  # completions per held-out prompt
 MEASURED_AT = (0, 256, *range(512, 8193, 512))  # reward queries
+AT_NATS = 3  # where the table compares the curves at equal KL
 NS = (1, 2, 4, 8, 16, 32, 64)
 DRAWN = 128  # completions per held-out prompt for best-of-n
 
@@ -209,44 +210,81 @@ def label(pairs: int, beta: float) -> str:
 
 
 def cell(values: list[float], digits: int = 2) -> str:
-    """Mean and interval over seeds."""
+    """Mean and interval over seeds; nothing where a seed has no value, and no interval of a single seed."""
     mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def gain_at(curve: dict[str, np.ndarray], reward: str, nats: float) -> float:
+    """The gain where the KL first reaches `nats`, between the measurements around it; NaN where it never does."""
+    kl = curve["distance"] ** 2
+    if kl.max() < nats:
+        return math.nan
+    place = int((kl >= nats).argmax())
+    return float(np.interp(nats, kl[place - 1 : place + 1], curve[reward][place - 1 : place + 1]))
+
+
+def summary(curves: list[dict[str, np.ndarray]]) -> list[str]:
+    """The cells that RLOO and best-of-n have in common."""
+    peaks = [int(curve["gold"].argmax()) for curve in curves]
+    return [
+        cell([curve["gold"][peak] for curve, peak in zip(curves, peaks, strict=True)]),
+        cell([curve["distance"][peak] ** 2 for curve, peak in zip(curves, peaks, strict=True)], 1),
+        *(cell([gain_at(curve, reward, AT_NATS) for curve in curves]) for reward in ("gold", "proxy")),
+        cell([curve["gold"][-1] for curve in curves]),
+        cell([curve["proxy"][-1] for curve in curves]),
+        cell([curve["distance"][-1] ** 2 for curve in curves], 1),
+    ]
 
 
 def table(runs: list[dict[str, Any]], bests: list[dict[str, Any]]) -> str:
     """The peak and the end of every curve as a Markdown table, means over seeds with Student's 95 % interval."""
-    lines = [
-        "| | peak of gold | KL there, nats | gold at the end | proxy at the end | KL at the end | tokens | repeated 3-grams | verdicts |",
-        "|---" * 9 + "|",
-    ]
+    columns = (
+        *("", "peak of gold", "KL there, nats", f"gold at {AT_NATS} nats", f"proxy at {AT_NATS} nats"),
+        *("gold at the end", "proxy at the end", "KL at the end", "tokens", "repeated 3-grams", "verdicts"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for pairs, beta in dict.fromkeys((run["pairs"], run["beta"]) for run in runs):
         own = [run for run in runs if (run["pairs"], run["beta"]) == (pairs, beta)]
-        curves, last = [gains(run["points"]) for run in own], [run["points"][-1] for run in own]
-        peaks = [int(curve["gold"].argmax()) for curve in curves]
+        verdicts = [run["verdict"]["verdict"] for run in own]
         cells = [
-            cell([curve["gold"][peak] for curve, peak in zip(curves, peaks, strict=True)]),
-            cell([run["points"][peak]["kl"] for run, peak in zip(own, peaks, strict=True)], 1),
-            cell([curve["gold"][-1] for curve in curves]),
-            cell([curve["proxy"][-1] for curve in curves]),
-            cell([point["kl"] for point in last], 1),
-            cell([point["length"] for point in last], 1),
-            cell([point["repetition"] for point in last]),
-            ", ".join(run["verdict"]["verdict"] for run in own),
+            *summary([gains(run["points"]) for run in own]),
+            cell([run["points"][-1]["length"] for run in own], 1),
+            cell([run["points"][-1]["repetition"] for run in own]),
+            ", ".join(f"{verdicts.count(one)} {one}" for one in dict.fromkeys(verdicts)),
         ]
         lines.append(f"| RLOO, {label(pairs, beta)} | {' | '.join(cells)} |")
-    for pairs in dict.fromkeys(best["pairs"] for best in bests):
-        curves = [gains(best["points"]) for best in bests if best["pairs"] == pairs]
-        peaks = [int(curve["gold"].argmax()) for curve in curves]
-        cells = [
-            cell([curve["gold"][peak] for curve, peak in zip(curves, peaks, strict=True)]),
-            cell([curve["distance"][peak] ** 2 for curve, peak in zip(curves, peaks, strict=True)], 1),
-            cell([curve["gold"][-1] for curve in curves]),
-            cell([curve["proxy"][-1] for curve in curves]),
-            f"{curves[0]['distance'][-1] ** 2:.1f}",
-        ]
+    for pairs in AMOUNTS:
+        cells = summary([gains(best["points"]) for best in bests if best["pairs"] == pairs])
         lines.append(f"| best of 1 … {NS[-1]}, {pairs:,} pairs | {' | '.join(cells)} | | | |")
     return "\n".join(lines)
+
+
+def reward_model_table(models: list[dict[str, Any]], bests: list[dict[str, Any]]) -> str:
+    """What the reward models are worth, and Gao et al.'s form d (α_bon − β_bon d) of best-of-n, d = √KL, by least squares."""
+    lines = ["| pairs | right, held-out comparisons, % | rank correlation with gold, per prompt | α_bon | β_bon | R² |", "|---" * 6 + "|"]
+    for pairs in AMOUNTS:
+        own = [best for best in bests if best["pairs"] == pairs]
+        fits = [fitted(gains(best["points"])) for best in own]
+        cells = [
+            cell([100 * model["accuracy"]["mean"] for model in models if model["pairs"] == pairs], 1),
+            cell([best["rank_correlation"] for best in own]),
+            *(cell([one[place] for one in fits], 3) for place in range(2)),
+            f"{min(one[2] for one in fits):.3f} at least",
+        ]
+        lines.append(f"| {pairs:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fitted(curve: dict[str, np.ndarray]) -> tuple[float, float, float]:
+    """Returns α_bon, β_bon and R² of gold = d (α_bon − β_bon d)."""
+    distance, gold = curve["distance"], curve["gold"]
+    columns = np.stack([distance, -(distance**2)], axis=1)
+    found = np.linalg.lstsq(columns, gold, rcond=None)[0]
+    residual = float(np.square(gold - columns @ found).sum() / np.square(gold - gold.mean()).sum())
+    return float(found[0]), float(found[1]), 1 - residual
 
 
 def quotations(runs: list[dict[str, Any]]) -> str:
@@ -265,36 +303,44 @@ def quotations(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: str) -> None:
-    """Draws gold (solid) and proxy (dashed) over √KL: every amount at β = 0, best-of-n, and every β at one amount."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained", sharey=True)
+    """Draws gold (solid) and proxy (dashed) over √KL: every amount at β = 0, its beginning with best-of-n, and every β at one amount."""
+    figure, (whole, beginning, betas) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for place, pairs in enumerate(AMOUNTS):
-        draw(left, [run for run in runs if run["pairs"] == pairs and run["beta"] == 0], f"C{place}", f"{pairs:,} comparisons")
-        draw(middle, [best for best in bests if best["pairs"] == pairs], f"C{place}", f"{pairs:,} comparisons")
+        unpenalised = [run for run in runs if run["pairs"] == pairs and run["beta"] == 0]
+        draw(whole, unpenalised, f"C{place}", f"{pairs:,} comparisons")
+        draw(beginning, unpenalised, f"C{place}", f"{pairs:,} comparisons")
+        draw(beginning, [best for best in bests if best["pairs"] == pairs], f"C{place}", f"best of n, {pairs:,}", "o")
     for place, beta in enumerate(BETAS):
         own = [run for run in runs if run["pairs"] == AMOUNT_OF_BETAS and run["beta"] == beta]
-        draw(right, own, f"C{3 + place}", f"β = {beta:g}")
-    titles = ("RLOO without a KL term", f"best of n, n = 1 … {NS[-1]}", f"RLOO, {AMOUNT_OF_BETAS:,} comparisons: the effect of β")
-    for axis, title in zip((left, middle, right), titles, strict=True):
+        draw(betas, own, f"C{3 + place}", f"β = {beta:g}")
+    titles = (
+        "RLOO without a KL term",
+        f"its beginning, and best of n = 1 … {NS[-1]} (KL bound)",
+        f"the effect of β, {AMOUNT_OF_BETAS:,} comparisons",
+    )
+    for axis, title in zip((whole, beginning, betas), titles, strict=True):
         axis.set_title(title)
-        axis.set_xlabel("√KL to the SFT model, √nats" + (" (bound)" if axis is middle else ""))
+        axis.set_xlabel("√KL to the SFT model, √nats")
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9)
-    left.set_ylabel("gain over the SFT model, in gold reward\nsolid: gold, dashed: proxy; thin: seeds, thick: their mean")
-    figure.savefig(path, dpi=150)
+        axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is not whole else "lower left")
+    whole.set_ylim(-2.5, 2.5)
+    for axis in (beginning, betas):
+        axis.set_xlim(0, 5)
+        axis.set_ylim(-0.6, 1.4)
+    whole.set_ylabel("gain over the SFT model, in gold reward\nsolid: gold, dashed: proxy; thin: seeds, thick: their mean")
+    figure.savefig(path, dpi=110)
 
 
-def draw(axis: Any, curves: list[dict[str, Any]], colour: str, name: str) -> None:
+def draw(axis: Any, curves: list[dict[str, Any]], colour: str, name: str, marker: str = "") -> None:
     """Draws one group: each seed thin, and thick the mean of √KL and of the gain at equal numbers of queries (or n)."""
-    if not curves:
-        return
     found = [gains(curve["points"]) for curve in curves]
     for key, style in (("gold", "-"), ("proxy", "--")):
         for one in found:
-            axis.plot(one["distance"], one[key], style, color=colour, linewidth=0.8, alpha=0.4)
+            axis.plot(one["distance"], one[key], style, color=colour, linewidth=0.8, alpha=0.35)
         distance, mean = (np.mean([one[column] for one in found], axis=0) for column in ("distance", key))
-        axis.plot(distance, mean, style, color=colour, linewidth=2.2, label=name if key == "gold" else None)
+        axis.plot(distance, mean, style + marker, color=colour, linewidth=2, markersize=4, label=name if key == "gold" else None)
 
 
 def main() -> int:
@@ -310,10 +356,9 @@ def main() -> int:
         work = options.work or Path(folder)
         for found in parallel(partial(fit, work=work), seeds):
             models += found
-            for one in found:
+            for model in found:
                 print(
-                    f"seed {one['seed']}, {one['pairs']:5,} pairs: right in {one['accuracy']['mean']:.1%} of held-out comparisons",
-                    flush=True,
+                    f"seed {model['seed']}, {model['pairs']:5,} pairs: right in {model['accuracy']['mean']:.1%} of comparisons", flush=True
                 )
         for found in parallel(partial(best_of, work=work), seeds):
             bests += found
@@ -328,7 +373,8 @@ def main() -> int:
             )
     runs.sort(key=lambda run: kinds.index((run["pairs"], run["beta"])))
     minutes = (time.perf_counter() - begin) / 60
-    print(f"\n{table(runs, bests)}\n\n{quotations(runs)}\n\n{minutes:.0f} minutes with {options.jobs} jobs")
+    print(f"\n{reward_model_table(models, bests)}\n\n{table(runs, bests)}\n\n{quotations(runs)}")
+    print(f"\n{minutes:.0f} minutes with {options.jobs} jobs")
     if options.out:
         document = {
             "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
