@@ -10,8 +10,8 @@ a point off for every word that was used before. More sentences are more praise 
     per segment, λ=1   the same without the bias of λ: the advantage is what is still to come less the critic's estimate
     at the end         all scores are paid together at the last token (`paid="end"`), λ = 1
 
-All runs generate the same number of tokens. Of λ = 0.95 and 1 each way of paying has the one that did better on seed 100; the learning rate
-is the same for all. Figures are means over the seeds with the 95 % interval of Student's t, on held-out prompts after the training; curves
+All runs generate the same number of tokens with the same learning rate. On seed 100 λ = 0.95 did better per segment, and the two λ did
+alike at the end. Figures are means over the seeds with the 95 % interval of Student's t, on held-out prompts after the training; curves
 are over the completions that were trained on.
 """
 
