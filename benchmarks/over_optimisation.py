@@ -189,7 +189,7 @@ def best_of(seed: int, work: Path) -> list[dict[str, Any]]:
 def chances_of_best(n: int, drawn: int) -> np.ndarray:
     """Returns the chance of each of `drawn` samples, worst first, to be the best of n of them: C(i, n − 1) / C(drawn, n), i = 0, 1, ...
 
-    Its mean over subsets is the unbiased estimate that Nakano et al. 2021 (arXiv:2112.09332, appendix I) use.
+    A sum with these weights is the mean over all subsets of n, the unbiased estimate of Nakano et al. 2021 (arXiv:2112.09332).
     """
     return np.array([math.comb(place, n - 1) / math.comb(drawn, n) for place in range(drawn)])
 
@@ -324,11 +324,11 @@ def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: str) -> 
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is not whole else "lower left")
-    whole.set_ylim(-2.5, 2.5)
+        axis.legend(frameon=False, fontsize=8, loc="upper right" if axis is betas else "lower left")
+    whole.set_ylim(-2.6, 1.4)
     for axis in (beginning, betas):
         axis.set_xlim(0, 5)
-        axis.set_ylim(-0.6, 1.4)
+        axis.set_ylim(-0.6, 1.0)
     whole.set_ylabel("gain over the SFT model, in gold reward\nsolid: gold, dashed: proxy; thin: seeds, thick: their mean")
     figure.savefig(path, dpi=110)
 
