@@ -57,7 +57,7 @@ class Round:
     Attributes:
         number: from 1.
         comparisons: in D, those of earlier rounds included.
-        reward_model: how good the reward model is on held-out comparisons, `RewardModelReport.to_json()`.
+        reward_model: how good the reward model is on held-out comparisons, `RewardModelReport.to_dict()`.
         timesteps: generated tokens of RL so far.
     """
 
@@ -319,7 +319,7 @@ class RLHF:
                 reference, comparisons, self.prompts, self.max_new_tokens, self.seed + number, options, progress_bar
             )
             model.save_pretrained(folder)
-            _write(folder / "report.json", {} if report is None else report.to_json())
+            _write(folder / "report.json", {} if report is None else report.to_dict())
         self.reward.model = RewardModel.from_pretrained(folder, device=reference.device)
         worth: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return worth

@@ -109,7 +109,7 @@ def fit(seed: int, work: Path) -> list[dict[str, Any]]:
             model, _ = fit_reward_model(policy, comparisons[:pairs], prompts, NEW_TOKENS, seed, REWARD_MODEL)
         model.save_pretrained(amount.reward_model_folder)
         report = RewardModelTrainer(model, None).evaluate(held_out)
-        found.append({"seed": seed, "pairs": pairs, **report.to_json()})
+        found.append({"seed": seed, "pairs": pairs, **report.to_dict()})
     return found
 
 

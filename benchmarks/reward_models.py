@@ -217,7 +217,7 @@ def trained(options: argparse.Namespace, train: list[Record], valid: list[Record
         trainer.learn()
         best = RewardModel.from_pretrained(folder, device="cpu")
     report = RewardModelTrainer(best, train, max_tokens=400).evaluate(test)
-    said = report.to_json()
+    said = report.to_dict()
     said.update(seconds=round(time.perf_counter() - began), epochs_run=trainer.num_timesteps / int(trainer.examples.num_tokens.sum()))
     if isinstance(test[0], Marking):
         said["majority"] = clean_share(best, test)

@@ -163,7 +163,7 @@ def prepare(seed: int, work: Path) -> dict[str, Any]:
     model, report = fit_reward_model(policy, comparisons, prompts, NEW_TOKENS, seed, REWARD_MODEL)
     model.save_pretrained(prepared.folder / "reward-model")
     assert report is not None
-    return {"seed": seed, **report.to_json()}
+    return {"seed": seed, **report.to_dict()}
 
 
 def run(job: tuple[str, int], work: Path, prompts: str) -> dict[str, Any]:

@@ -79,6 +79,6 @@ def test_a_report_by_hand() -> None:
     by_hand = [(0.5, 1.0), (0.6225, 0.5), (0.7311, 0.0), (0.8808, 1.0)]
     assert report.expected_calibration_error == pytest.approx(sum(abs(stated - seen) for stated, seen in by_hand) / 4, abs=1e-3)
     assert "accuracy           50.0%" in str(report) and "longer wins" in str(report)
-    assert report.to_json()["reliability"][4] == {"low": 0.9, "high": 1.0, "weight": 0.0, "stated": None, "observed": None}
+    assert report.to_dict()["reliability"][4] == {"low": 0.9, "high": 1.0, "weight": 0.0, "stated": None, "observed": None}
     assert best_direction(decisions)
     assert not best_direction(decisions._replace(length_differences=-decisions.length_differences))

@@ -77,7 +77,7 @@ class RewardRun(Training):
         run = cls(trainer, held_out, texts, folder, replace(settings, total_timesteps=length))
         report = run.measure("before")
         folder.create(run.settings)
-        run.write(before=report.to_json())
+        run.write(before=report.to_dict())
         return run
 
     @classmethod
@@ -116,14 +116,14 @@ class RewardRun(Training):
     def finish(self) -> None:
         """Measures the trained model, normalises it, writes it, and reports."""
         after = self.measure("after")
-        self.write(after=after.to_json())
+        self.write(after=after.to_dict())
         if self.reference_texts:
             self._normalise()
         self.trainer.reward_model.save_pretrained(self.folder.model)
         self.plot()
         plot_reliability(after.reliability, self.folder.path / "reliability.png", "Calibration on held-out feedback")
         before = self.read()["before"]
-        self.console.print(numbers_table(before, after.to_json()))
+        self.console.print(numbers_table(before, after.to_dict()))
         self._say_what_lies_where()
 
     def _normalise(self) -> None:

@@ -98,7 +98,7 @@ class RewardModelReport:
             reward_std=float(rewards.std()),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON types."""
         document = asdict(self)
         document["reliability"] = [
