@@ -9,20 +9,15 @@ the expected gradient, with nothing sampled, to four digits. The exit status say
 """
 
 import argparse
-import json
-import multiprocessing
-import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import certify_dqn
 import certify_frontier
+import common
 import numpy as np
 import torch
 
@@ -302,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [(name, seed) for name in options.agents for seed in range(options.seeds) if name in CANDIDATES]
     dqn_runs = [(kind, seed) for kind in certify_dqn.KINDS for seed in range(options.seeds) if f"dqn-{kind}" in options.agents]
     names = list(GRADIENTS) if options.rollouts else []
-    with each_in(options.jobs) as parallel:
+    with common.each_in(options.jobs) as parallel:
         trained = print_fixed_points(runs, parallel(partial(train, tokens=options.tokens, device=options.device), runs))
         of_dqn = certify_dqn.print_runs(parallel(certify_dqn.run, dqn_runs))
         frontier_seeds = range(options.seeds) if FRONTIER in options.agents else []
@@ -316,29 +311,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"\n{'certified' if passed else 'NOT CERTIFIED'}: total variation within its bound, gradients within {DEVIATIONS} standard errors"
     )
-    if options.out:
-        result = {
-            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, {options.device}, torch {torch.__version__}",
+    common.write(
+        options.out,
+        {
+            "machine": common.machine(options.jobs, options.device),
             "fixed_points": [{"agent": name, "worst": point.worst, **point._asdict()} for name, point in trained],
             "dqn": of_dqn,
             "frontier": of_frontier,
             "gradients": gradients,
             "certified": passed,
-        }
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        },
+    )
     return 0 if passed else 1
-
-
-@contextmanager
-def each_in(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Gives a `map` that works in `jobs` processes; one job runs here."""
-    if jobs == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        yield pool.map
 
 
 def print_fixed_points(runs: list[tuple[str, int]], points: Iterable[FixedPoint]) -> list[tuple[str, FixedPoint]]:
@@ -380,14 +364,11 @@ def print_gradients(names: list[str], results: Iterable[dict[str, float]]) -> di
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Certify the bundled on-policy agents against exactly solved token MDPs.")
+    result = common.parser("Certify the bundled on-policy agents against exactly solved token MDPs.", jobs=1, device="cpu")
     result.add_argument("--agents", nargs="*", choices=AGENTS, default=AGENTS, help="agents of part (a); default: all")
     result.add_argument("--seeds", type=int, default=5, help="seeds of part (a); default: 5")
     result.add_argument("--tokens", type=int, default=None, help="tokens of each run of part (a); default: what the agent needs")
     result.add_argument("--rollouts", type=int, default=400, help="sampled gradients of part (b), 0 leaves it out; default: 400")
-    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
-    result.add_argument("--device", default="cpu", help="where the models are; default: cpu")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
     return result
 
 

@@ -9,14 +9,12 @@ within 0.005 of β log Z (two decimals). Hard passes where the greedy completion
 whether all do.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from stable_baselines3.common.utils import LinearSchedule
@@ -110,17 +108,15 @@ def print_runs(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Certify DQN, soft and hard, against exactly solved token MDPs.")
+    parser = common.parser("Certify DQN, soft and hard, against exactly solved token MDPs.")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)), help="which; default: 0 1 2 3 4")
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="default: both")
-    parser.add_argument("--out", default=None, help="write the numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = print_runs(map(run, [(kind, seed) for kind in options.kinds for seed in options.seeds]))
     passed = all(result["ok"] for result in results)
     print("certified" if passed else "NOT CERTIFIED")
-    if options.out:
-        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "runs": results, "certified": passed}, indent=1) + "\n")
+    common.write(options.out, {"torch": torch.__version__, "runs": results, "certified": passed})
     return 0 if passed else 1
 
 

@@ -14,15 +14,13 @@ the completions that the reference samples most, and from there the best are out
 most that the agent can be asked for.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 
@@ -129,9 +127,8 @@ def print_runs(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Certify that GRPO comes near the frontier of reward and KL.")
+    parser = common.parser("Certify that GRPO comes near the frontier of reward and KL.")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)), help="which; default: 0 1 2 3 4")
-    parser.add_argument("--out", default=None, help="write the numbers to this JSON file")
     parser.add_argument("--fixed-points", action="store_true", help="train nothing; the shares of the fixed points")
     parser.add_argument("--generations", type=int, default=8, help="completions per group of --fixed-points; default: 8")
     options = parser.parse_args()
@@ -143,8 +140,7 @@ def main() -> int:
     results = print_runs(map(run, options.seeds))
     passed = all(result["ok"] for result in results)
     print("certified" if passed else "NOT CERTIFIED")
-    if options.out:
-        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "runs": results, "certified": passed}, indent=1) + "\n")
+    common.write(options.out, {"torch": torch.__version__, "runs": results, "certified": passed})
     return 0 if passed else 1
 
 

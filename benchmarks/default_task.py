@@ -10,8 +10,6 @@ seeds with the 95 % interval of Student's t.
 
 import argparse
 import contextlib
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from certify import each_in
+from common import interval
 from stable_baselines3.common.callbacks import BaseCallback
 
 import textgym  # noqa: F401  (registers the id)
@@ -40,7 +39,6 @@ ROWS = 64
 EPISODES = 256  # of each evaluation
 POINTS = 8  # evaluations of an online run
 REWARDS = ("film-review", "film-review-true")
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the 97.5 % quantile for 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -201,14 +199,6 @@ def run(job: tuple[str, int], queries: int) -> dict[str, Any]:
     return {"agent": name, "seed": seed, "seconds": time.perf_counter() - begin, "points": points}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Returns the mean and half the width of its 95 % interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, float("nan")
-    return mean, float(STUDENT_T[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """The final figures as a Markdown table, agents in order of the true reward."""
     names = list(dict.fromkeys(result["agent"] for result in results))
@@ -232,7 +222,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], path: str) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draws the three figures over reward queries: the mean of the seeds, and its interval as a band."""
     names = list(dict.fromkeys(result["agent"] for result in results))
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
@@ -263,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     jobs = [(name, seed) for seed in range(options.first_seed, options.first_seed + options.seeds) for name in options.agents]
     results = []
-    with each_in(options.jobs) as parallel:
+    with common.each_in(options.jobs) as parallel:
         for result in parallel(partial(run, queries=options.queries), jobs):
             results.append(result)
             last = result["points"][-1]
@@ -274,29 +264,25 @@ def main(arguments: list[str] | None = None) -> int:
             )
     results.sort(key=lambda result: options.agents.index(result["agent"]))
     print("\n" + table(results))
-    if options.out:
-        document = {
-            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
+    common.write(
+        options.out,
+        {
+            "machine": common.machine(options.jobs),
             "queries": options.queries,
             "beta": BETA,
             "settings": {name: {k: v for k, v in asdict(CANDIDATES[name]).items() if k != "data"} for name in options.agents},
             "runs": results,
-        }
-        Path(options.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        },
+    )
     if options.plot:
         plot(results, options.plot)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Compare all agents on the bundled task at equal reward queries.")
+    result = common.parser("Compare all agents on the bundled task at equal reward queries.", seeds=5, first_seed=0, jobs=1, plot=None)
     result.add_argument("--agents", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES), help="default: all")
-    result.add_argument("--seeds", type=int, default=5, help="how many seeds; default: 5")
-    result.add_argument("--first-seed", type=int, default=0, help="the first of them; default: 0")
     result.add_argument("--queries", type=int, default=4096, help="completions that the reward model scores in each run; default: 4096")
-    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
-    result.add_argument("--plot", default=None, help="draw the curves to this PNG file")
     return result
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import gymnasium as gym
 import numpy as np
 import torch
@@ -111,18 +112,16 @@ def main() -> int:
         max(r["peak_ratio"], r["update_ratio"]) <= MOST_TIMES_PPO and r.get("beyond_ids", 0) <= MOST_BYTES for r in results.values()
     )
     print(f"{'within' if passed else 'NOT WITHIN'} {MOST_TIMES_PPO:g} times PPO and {MOST_BYTES} bytes a sequence beyond its ids")
-    if options.out:
-        Path(options.out).write_text(json.dumps({"device": options.device, "torch": torch.__version__, "agents": results}, indent=1) + "\n")
+    common.write(options.out, {"device": options.device, "torch": torch.__version__, "agents": results})
     return 0 if passed else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Memory of DQN's update beside PPO's, and of DQN's replay, with a large vocabulary.")
+    result = common.parser("Memory of DQN's update beside PPO's, and of DQN's replay, with a large vocabulary.")
     result.add_argument("tokenizer", help="folder or hub id of a tokenizer, GPT-2's for V = 50,257")
     result.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     result.add_argument("--width", type=int, default=256, help="of the model, a multiple of 64; default: 256")
     result.add_argument("--layers", type=int, default=4, help="of the model; default: 4")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
     result.add_argument("--agent", default=None, choices=list(AGENTS), help="this one only, its numbers as JSON")
     return result
 

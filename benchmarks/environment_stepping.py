@@ -10,15 +10,13 @@ rows. It prints steps per second (a step of N rows counts as N) and three ratios
 - one `TextGenEnv` against one `CartPole-v1`, both as `gym.make` gives them: at least 0.5.
 """
 
-import argparse
-import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import common
 import gymnasium as gym
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -104,23 +102,20 @@ def measure(num_envs: int, rounds: int, scale: float) -> dict[str, float]:
         "TextGen-v0 single": (single_runner(gym.make("TextGen-v0", **text), VOCAB_SIZE), 1, 100),
         "CartPole-v1 single": (single_runner(gym.make("CartPole-v1"), 2), 1, 100),
     }
-    rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
-        for name, (run, rows, periods) in candidates.items():
-            steps = max(1, round(periods * scale)) * period
-            rate = rows * steps / run(steps)
-            if turn > 0:  # the first round warms up
-                rates[name].append(rate)
-    return {name: statistics.median(values) for name, values in rates.items()}
+
+    def rate(run: Callable[[int], float], rows: int, periods: int) -> float:
+        steps = max(1, round(periods * scale)) * period
+        return rows * steps / run(steps)
+
+    return common.alternate({name: partial(rate, *candidate) for name, candidate in candidates.items()}, rounds)
 
 
 def main() -> None:
     """Measures, prints the tables and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--num-envs", type=int, default=256, help="rows of the vector environments")
     parser.add_argument("--rounds", type=int, default=9, help="rounds whose median counts")
     parser.add_argument("--scale", type=float, default=1.0, help="steps per round, relative to the usual number")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
 
     rates = measure(arguments.num_envs, arguments.rounds, arguments.scale)
@@ -132,11 +127,9 @@ def main() -> None:
     for name, (ours, theirs, floor) in RATIOS.items():
         ratios[name] = {"ratio": rates[ours] / rates[theirs], "floor": floor}
         print(f"{name:36}{ratios[name]['ratio']:8.2f}{floor:10.1f}")
-    if arguments.out:
-        setting = {"num_envs": arguments.num_envs, "rounds": arguments.rounds, "L": [MAX_PROMPT_TOKENS, MAX_NEW_TOKENS], "V": VOCAB_SIZE}
-        versions = {"python": platform.python_version(), "numpy": np.__version__, "gymnasium": gym.__version__}
-        result = {"setting": setting, "versions": versions, "steps_per_second": rates, "ratios": ratios}
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    setting = {"num_envs": arguments.num_envs, "rounds": arguments.rounds, "L": [MAX_PROMPT_TOKENS, MAX_NEW_TOKENS], "V": VOCAB_SIZE}
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "gymnasium": gym.__version__}
+    common.write(arguments.out, {"setting": setting, "versions": versions, "steps_per_second": rates, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -16,20 +16,18 @@ are over the completions that were trained on.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from certify import each_in
-from default_task import interval
+from common import interval
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -200,7 +198,7 @@ def mean_objective(curve: list[dict[str, float]]) -> float:
     return float(np.average([point["objective"] for point in curve], weights=tokens))
 
 
-def plot(results: list[dict[str, Any]], weights: list[float], tokens: int, path: str) -> None:
+def plot(results: list[dict[str, Any]], weights: list[float], tokens: int, path: Path) -> None:
     """Learning curves at the middle weight, the front of the two objectives, and reward over KL."""
     figure, (curves, front, cost) = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     middle = weights[len(weights) // 2]
@@ -238,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     jobs = [(arm, weight, seed) for seed in range(options.seeds) for weight in options.weights for arm in ARMS]
     results = []
-    with each_in(options.jobs) as parallel:
+    with common.each_in(options.jobs) as parallel:
         for result in parallel(partial(run, tokens=options.tokens), jobs):
             results.append(result)
             final = result["final"]
@@ -249,26 +247,22 @@ def main(arguments: list[str] | None = None) -> None:
         for result in results:  # every fourth rollout is enough for a file
             result["curve"] = [{key: round(value, 3) for key, value in point.items()} for point in result["curve"][::4]]
         document = {
-            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
+            "machine": common.machine(options.jobs),
             "tokens": options.tokens,
             "beta": BETA,
             "learning_rate": LEARNING_RATE,
             "arms": ARMS,
             "runs": results,
         }
-        Path(options.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        common.write(options.out, document)
     if options.plot:
         plot(results, options.weights, options.tokens, options.plot)
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Compare fine-grained with holistic rewards at the same budget.")
-    result.add_argument("--seeds", type=int, default=5, help="how many seeds; default: 5")
+    result = common.parser("Compare fine-grained with holistic rewards at the same budget.", seeds=5, jobs=1, plot=None)
     result.add_argument("--tokens", type=int, default=30_000, help="tokens that each run generates; default: 30,000")
     result.add_argument("--weights", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9], help="of praise; default: 0.3 0.5 0.7 0.9")
-    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
-    result.add_argument("--plot", default=None, help="draw the figures to this PNG file")
     return result
 
 

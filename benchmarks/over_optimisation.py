@@ -14,11 +14,8 @@ Rewards are gains over the SFT model. A reward model learns gold reward / temper
 temperature are in units of the gold reward, and the two curves would be one if it were right everywhere.
 """
 
-import argparse
 import contextlib
-import json
 import math
-import platform
 import sys
 import tempfile
 import time
@@ -28,11 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from certify import each_in
-from default_task import interval
+from common import interval
 from stable_baselines3.common.callbacks import BaseCallback
 from win_rates import GOLD, NEW_TOKENS, PAIRS, REWARD_MODEL, ROWS, TEMPERATURE, Prepared, prepare
 
@@ -302,7 +299,7 @@ def quotations(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: str) -> None:
+def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: Path) -> None:
     """Draws gold (solid) and proxy (dashed) over √KL: every amount at β = 0, its beginning with best-of-n, and every β at one amount."""
     figure, (whole, beginning, betas) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for place, pairs in enumerate(AMOUNTS):
@@ -344,7 +341,8 @@ def draw(axis: Any, curves: list[dict[str, Any]], colour: str, name: str, marker
 
 
 def main() -> int:
-    options = parser().parse_args()
+    told = "Gold and proxy reward over √KL on the bundled task: when does optimising the proxy hurt?"
+    options = common.parser(told, seeds=3, first_seed=0, jobs=1, work=None, plot=None).parse_args()
     torch.set_num_threads(1)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     kinds = [*((pairs, 0.0) for pairs in AMOUNTS), *((AMOUNT_OF_BETAS, beta) for beta in BETAS if beta)]
@@ -352,7 +350,7 @@ def main() -> int:
     models: list[dict[str, Any]] = []
     bests: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, each_in(options.jobs) as parallel:
+    with tempfile.TemporaryDirectory() as folder, common.each_in(options.jobs) as parallel:
         work = options.work or Path(folder)
         for found in parallel(partial(fit, work=work), seeds):
             models += found
@@ -375,31 +373,21 @@ def main() -> int:
     minutes = (time.perf_counter() - begin) / 60
     print(f"\n{reward_model_table(models, bests)}\n\n{table(runs, bests)}\n\n{quotations(runs)}")
     print(f"\n{minutes:.0f} minutes with {options.jobs} jobs")
-    if options.out:
-        document = {
-            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
+    common.write(
+        options.out,
+        {
+            "machine": common.machine(options.jobs),
             "minutes": minutes,
             "temperature": TEMPERATURE,
             "learning_rate": LEARNING_RATE,
             "reward_models": models,
             "best_of_n": bests,
             "runs": runs,
-        }
-        Path(options.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        },
+    )
     if options.plot:
         plot(runs, bests, options.plot)
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Gold and proxy reward over √KL on the bundled task: when does optimising the proxy hurt?")
-    result.add_argument("--seeds", type=int, default=3, help="how many seeds; default: 3")
-    result.add_argument("--first-seed", type=int, default=0, help="the first of them; default: 0")
-    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
-    result.add_argument("--work", type=Path, default=None, help="keep what the seeds prepare in this folder, and use what is there")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
-    result.add_argument("--plot", default=None, help="draw the curves to this PNG file")
-    return result
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ same tenth.
 """
 
 import argparse
-import json
 import random
 import re
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import numpy as np
 import torch
 from stable_baselines3.common.utils import LinearSchedule
@@ -263,14 +263,13 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of the data sets")
     parser.add_argument("--model", default="stories260k", help="folder or id of a small language model")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS), help="which data sets")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the feedback, at most")
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the heads and the orders")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| feedback | held-out records | always the same | length | bag of words | reward model | log loss | ECE |")
@@ -279,8 +278,7 @@ def main() -> None:
     for name in options.sets:
         results[name] = measure(name, options)
         print(line(name, results[name]), flush=True)
-        if options.out is not None:
-            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        common.write(options.out, results)
 
 
 if __name__ == "__main__":

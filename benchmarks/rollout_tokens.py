@@ -10,15 +10,10 @@ distribution (temperature 1, no top-k). textgym also returns the log-probs of wh
 It prints the median tokens per second and the ratios to transformers (should be at least 1.2) and to the run without a cache.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import transformers
 from tokenizers import Tokenizer, models
@@ -99,28 +94,8 @@ def candidates(policy: CausalLMPolicy, prompt_ids: Tensor, lengths: Tensor, ends
     }
 
 
-def measure(functions: dict[str, Callable[[], int]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Returns the median tokens per second of each candidate. They take turns, so that a slow moment hits all of them."""
-    rates: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            if name == WITHOUT_CACHE and repeat > 1:
-                continue  # once is enough for something this slow
-            start = time.perf_counter()
-            tokens = function()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            if repeat:  # the first round warms up
-                rates[name].append(tokens / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=7, help="measured rounds (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the numbers there, as JSON")
-    arguments = parser.parse_args()
+    arguments = common.parser(__doc__, device="auto", repeats=7).parse_args()
     transformers.logging.set_verbosity_error()
     generator = torch.Generator().manual_seed(0)
     prompt_ids = torch.randint(1, VOCAB_SIZE, (BATCH_SIZE, PROMPT_TOKENS), generator=generator)
@@ -130,7 +105,8 @@ def main() -> None:
         policy = CausalLMPolicy(make_model(kind), make_tokenizer(), device=arguments.device, seed=0)
         for case, ends in ENDS.items():
             runs = candidates(policy, prompt_ids.to(policy.device), lengths.to(policy.device), ends)
-            rates = measure(runs, arguments.repeats, policy.device)
+            measures = {name: common.per_second(run, policy.device) for name, run in runs.items()}
+            rates = common.alternate(measures, arguments.repeats, once={WITHOUT_CACHE})
             other = max(rate for name, rate in rates.items() if name.startswith("transformers"))
             rates["ratio to transformers"] = rates["textgym"] / other
             rates["ratio to no cache"] = rates["textgym"] / rates[WITHOUT_CACHE]
@@ -138,10 +114,7 @@ def main() -> None:
             print(f"{kind}, {case}")
             for name, value in rates.items():
                 print(f"    {name:<32}{value:>12,.2f}" if "ratio" in name else f"    {name:<32}{value:>12,.0f} tokens/s")
-    if arguments.out:
-        about = {"device": str(policy.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        about |= {"transformers": transformers.__version__, "machine": platform.processor() or platform.machine()}
-        arguments.out.write_text(json.dumps({"setting": about, "floor": FLOOR, "tokens per second": results}, indent=2) + "\n")
+    common.write(arguments.out, {"setting": common.setting(policy.device), "floor": FLOOR, "tokens per second": results})
 
 
 if __name__ == "__main__":

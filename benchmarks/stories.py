@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
 from textgym.agents import CausalLMPolicy
@@ -140,21 +141,18 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(result)
                 print(table([result]).splitlines()[-1], flush=True)
     print("\n" + table(results))
-    if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    common.write(options.out, results)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Train a pretrained story model towards happy stories with each agent.")
+    result = common.parser("Train a pretrained story model towards happy stories with each agent.", seeds=1)
     result.add_argument("--model", required=True, help="folder of the model (stories260k of llama2.c, in transformers' form)")
     result.add_argument("--prompts", required=True, help=".jsonl or .jsonl.gz with a column prompt: first sentences of stories")
     result.add_argument("--lexicon", required=True, help="VADER's word list, vader_lexicon.txt")
     result.add_argument("--agents", nargs="*", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
-    result.add_argument("--seeds", type=int, default=1, help="how many seeds; default: 1")
     result.add_argument("--tokens", type=int, default=150_000, help="length of each training in tokens; default: 150000")
     result.add_argument("--runs", default=None, help="keep the run folders here")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
     return result
 
 

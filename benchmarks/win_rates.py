@@ -17,8 +17,6 @@ Settings were chosen on seed 100, on the training prompts, and are the same for 
 
 import argparse
 import contextlib
-import json
-import platform
 import sys
 import tempfile
 import time
@@ -28,11 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import torch
-from certify import each_in
-from default_task import EvaluateAndStop, interval
+from common import interval
+from default_task import EvaluateAndStop
 
 import textgym  # noqa: F401  (registers the id)
 from textgym import agents
@@ -219,7 +218,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(line for _, line in sorted(rows))])
 
 
-def plot(results: list[dict[str, Any]], path: str) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draws the win rates with their intervals, and every seed."""
     names = sorted({result["agent"] for result in results}, key=lambda name: interval(_of(results, name))[0])
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -244,7 +243,7 @@ def main() -> int:
     torch.set_num_threads(1)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, each_in(options.jobs) as parallel:
+    with tempfile.TemporaryDirectory() as folder, common.each_in(options.jobs) as parallel:
         work = options.work or Path(folder)
         waiting = [seed for seed in seeds if not (work / str(seed) / "reward-model").exists()]
         models = []
@@ -264,9 +263,10 @@ def main() -> int:
     print("\n" + table(results))
     minutes = (time.perf_counter() - begin) / 60
     print(f"\n{minutes:.0f} minutes with {options.jobs} jobs")
-    if options.out:
-        document = {
-            "machine": f"{platform.processor() or platform.machine()}, {options.jobs} jobs, torch {torch.__version__}",
+    common.write(
+        options.out,
+        {
+            "machine": common.machine(options.jobs),
             "minutes": minutes,
             "pairs": PAIRS,
             "queries": QUERIES,
@@ -274,23 +274,18 @@ def main() -> int:
             "settings": {name: CANDIDATES[name].options for name in options.agents},
             "reward_models": models,
             "runs": results,
-        }
-        Path(options.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        },
+    )
     if options.plot:
         plot(results, options.plot)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Compare what learns from comparisons, by win rate on the bundled task.")
+    told = "Compare what learns from comparisons, by win rate on the bundled task."
+    result = common.parser(told, seeds=5, first_seed=0, jobs=1, work=None, plot=None)
     result.add_argument("--agents", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES), help="default: all")
-    result.add_argument("--seeds", type=int, default=5, help="how many seeds; default: 5")
-    result.add_argument("--first-seed", type=int, default=0, help="the first of them; default: 0")
-    result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each; default: 1")
     result.add_argument("--prompts", choices=("eval", "train"), default="eval", help="what is completed in the end; default: eval")
-    result.add_argument("--work", type=Path, default=None, help="keep what the seeds prepare in this folder, and use what is there")
-    result.add_argument("--out", default=None, help="write the numbers to this JSON file")
-    result.add_argument("--plot", default=None, help="draw the win rates to this PNG file")
     return result
 
 

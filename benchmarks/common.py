@@ -1,0 +1,130 @@
+"""What the measuring scripts share: options, the candidates taking turns, jobs, intervals over seeds, the file of results.
+
+import common
+
+options = common.parser(__doc__, device="auto", repeats=7).parse_args()
+rates = common.alternate({"ours": common.per_second(ours), "theirs": common.per_second(theirs)}, options.repeats)
+common.write(options.out, {"setting": common.setting("cpu"), "calls per second": rates})
+
+The scripts import it as their neighbour: run them as `python benchmarks/NAME.py`.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the 97.5 % quantile for 1, 2, ... degrees of freedom
+
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "device": (str, "where the models are"),
+    "repeats": (int, "measured rounds"),
+    "seeds": (int, "how many seeds"),
+    "first_seed": (int, "the first of them"),
+    "jobs": (int, "processes, of one thread each"),
+    "work": (Path, "keep what the seeds prepare in this folder, and use what is there"),
+    "plot": (Path, "draw the results to this PNG file"),
+}
+
+
+def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Returns a parser with `--out`, and those of `OPTIONS` that a default is given for; None is the default of what may be left out.
+
+    A description of several lines, such as a script's docstring, is printed as it stands.
+    """
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        kind, told = OPTIONS[name]
+        told = told if default is None else f"{told}; default: {default}"
+        result.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=told)
+    result.add_argument("--out", type=Path, default=None, help="write the numbers to this JSON file")
+    return result
+
+
+def write(out: Path | None, document: Mapping[str, Any] | list[Any]) -> None:
+    """Writes the results as JSON; nothing where no file is asked for."""
+    if out is not None:
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def setting(device: torch.device | str) -> dict[str, Any]:
+    """Returns what a figure depends on besides the script: device, threads, versions, machine."""
+    device = torch.device(device)
+    about = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        about["device_name"] = torch.cuda.get_device_name(device)
+    return about | {"transformers": importlib.metadata.version("transformers"), "machine": processor()}
+
+
+def machine(jobs: int, *more: str) -> str:
+    """Returns the same for a script of several jobs, in one line."""
+    return ", ".join((processor(), f"{jobs} jobs", *more, f"torch {torch.__version__}"))
+
+
+def processor() -> str:
+    """Returns the processor's name, as far as the system tells."""
+    return platform.processor() or platform.machine()
+
+
+def alternate(candidates: Mapping[str, Callable[[], float]], repeats: int, once: Collection[str] = ()) -> dict[str, float]:
+    """Returns the median of what each candidate measures, see `per_second`, over some rounds; a first one, which warms up, does not count.
+
+    They take turns, so that a slow moment hits all of them. Those of `once` are so slow that one measured round is enough.
+    """
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, measure in candidates.items():
+            if name in once and repeat > 1:
+                continue
+            value = measure()
+            if repeat:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def per_second(work: Callable[[], float | None], device: torch.device | str = "cpu") -> Callable[[], float]:
+    """Returns a function that does some work and returns how much of it was done per second: what `work` returns, or 1 for a call of it.
+
+    On an accelerator the clock stops when all that was asked of the device is done.
+    """
+    device = torch.device(device)
+
+    def measure() -> float:
+        start = time.perf_counter()
+        amount = work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return (1.0 if amount is None else amount) / (time.perf_counter() - start)
+
+    return measure
+
+
+@contextmanager
+def each_in(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Gives a `map` that works in `jobs` processes; one job runs here."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield pool.map
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Returns the mean and half the width of its 95 % interval, by Student's t; nan for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(STUDENT_T[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
