@@ -1,10 +1,10 @@
 """What the measuring scripts share: options, the candidates taking turns, jobs, intervals over seeds, the file of results.
 
-import common
+    import common
 
-options = common.parser(__doc__, device="auto", repeats=7).parse_args()
-rates = common.alternate({"ours": common.per_second(ours), "theirs": common.per_second(theirs)}, options.repeats)
-common.write(options.out, {"setting": common.setting("cpu"), "calls per second": rates})
+    options = common.parser(__doc__, device="auto", repeats=7).parse_args()
+    rates = common.alternate({"ours": common.per_second(ours), "theirs": common.per_second(theirs)}, options.repeats)
+    common.write(options.out, {"setting": common.setting("cpu"), "calls per second": rates})
 
 The scripts import it as their neighbour: run them as `python benchmarks/NAME.py`.
 """
