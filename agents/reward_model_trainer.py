@@ -34,7 +34,7 @@ from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, MicroBatchSh
 from textgym.agents.reward_model import RewardModel
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
 from textgym.feedback.reading import read_feedback
-from textgym.rewards.segmenters import SEGMENTERS, Segmenter
+from textgym.rewards.segmenters import Segmenter, find_segmenter
 
 RankingLoss: TypeAlias = Literal["plackett_luce", "pairwise"]
 
@@ -91,8 +91,7 @@ class RewardModelTrainer(OfflineLearner):
         check_choice("ranking_loss", ranking_loss, get_args(RankingLoss))
         check_number("center_coef", center_coef, 0)
         check_number("margin_scale", margin_scale, 0)
-        if isinstance(segmenter, str):
-            check_choice("segmenter", segmenter, tuple(SEGMENTERS))
+        find_segmenter(segmenter)  # raises where there is none
         if max_tokens is not None:
             check_count("max_tokens", max_tokens, "tokens")
         self.ranking_loss, self.center_coef, self.margin_scale = ranking_loss, center_coef, margin_scale
@@ -111,7 +110,7 @@ class RewardModelTrainer(OfflineLearner):
     def read(self, source: Any) -> FeedbackSet:
         """Reads and tokenises feedback, as in the constructor."""
         records = read_feedback(source).records
-        segmenter = SEGMENTERS[self.segmenter] if isinstance(self.segmenter, str) else self.segmenter
+        segmenter = find_segmenter(self.segmenter)
         entries = []
         for number, record in enumerate(records):
             try:

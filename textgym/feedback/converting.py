@@ -12,12 +12,14 @@ the usual reading (a tie is no pair) and refused where it would be a guess (a cy
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from textgym.feedback.records import Comparison, Judgement, Judgements, Label, Marking, Ranking, Record
 from textgym.feedback.rows import form_of
-from textgym.rewards.segmenters import SEGMENTERS, Segmenter
+from textgym.rewards.dense import Segmentation
+from textgym.rewards.episodes import EpisodeBatch
+from textgym.rewards.segmenters import Segmenter, find_segmenter
 
 _PIECE = re.compile(r"\s*\S+|\s+\Z")  # a word with the white space before it
 
@@ -131,9 +133,7 @@ def marking_to_segment_labels(
     Raises:
         ValueError: the segmenter is unknown, or the pieces do not make up the text.
     """
-    if isinstance(segmenter, str) and segmenter not in SEGMENTERS:
-        raise ValueError(f"`segmenter` must be one of {sorted(SEGMENTERS)} or a function, got {segmenter!r}.")
-    ends_with = SEGMENTERS[segmenter] if isinstance(segmenter, str) else segmenter
+    ends_with = find_segmenter(segmenter)
     cut = _PIECE.findall(marking.completion) if pieces is None else list(pieces)
     if "".join(cut) != marking.completion:
         raise ValueError("`pieces` must make up the completion when they are put end to end.")
@@ -245,23 +245,13 @@ def _faults(marking: Marking, categories: Collection[str] | None) -> list[tuple[
     return [(span.start, span.end) for span in marking.spans if categories is None or span.category in categories]
 
 
-def _segments(pieces: Sequence[str], ends_with: Segmenter) -> list[tuple[int, int]]:
+def _segments(pieces: Sequence[str], segmenter: Segmenter) -> list[tuple[int, int]]:
     """Returns where each segment starts and ends, in characters; white space at the end belongs to the last."""
-    found: list[tuple[int, int]] = []
-    start = end = 0
-    numbers: list[int] = []
-    text = ""
-    for number, piece in enumerate(pieces):
-        text, end = text + piece, end + len(piece)
-        numbers.append(number)
-        if ends_with(text, list(numbers)):
-            found.append((start, end))
-            start, text, numbers = end, "", []
-    if text.strip() or not found:
-        found.append((start, end))
-    elif text:
-        found[-1] = (found[-1][0], end)
-    return found
+    numbers = list(range(len(pieces)))
+    batch = EpisodeBatch([""], [numbers], decode=lambda rows: ["".join(pieces[number] for number in row) for row in rows])
+    segments = Segmentation(segmenter).all_segments(batch, [True])[0]
+    ends = [*(len(one.prefix) for one in segments[:-1]), sum(map(len, pieces))]
+    return list(pairwise([0, *ends]))
 
 
 def _shared(first: Any, second: Any) -> dict[str, Any]:
