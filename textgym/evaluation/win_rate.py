@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgym.evaluation.bootstrap import Float64Array, Over, percentile_interval, resampled_means
-from textgym.feedback.judging import PairJudge, ask
+from textgym.feedback.judging import PairJudge, ask_twice
 from textgym.prompts import PromptText
 
 
@@ -159,7 +159,7 @@ def judged_points(judge: PairJudge, prompts: Sequence[PromptText], texts_a: Sequ
             f"got {len(prompts)}, {len(texts_a)} and {len(texts_b)}."
         )
     rows = zip(prompts, texts_a, texts_b, range(len(prompts)), strict=True)
-    return np.array([_ask_twice(judge, *row) for row in rows])
+    return np.array([_point(judge, *row) for row in rows])
 
 
 def win_rate_from_points(
@@ -204,9 +204,9 @@ def _points(first: Float64Array, second: Float64Array, tie_margin: float) -> Flo
     return np.where(np.abs(difference) <= tie_margin, 0.5, np.heaviside(difference, 0.5))
 
 
-def _ask_twice(judge: PairJudge, prompt: PromptText, text_a: str, text_b: str, row: int) -> float:
-    straight = ask(judge, prompt, text_a, text_b, f"row {row}")
-    swapped = 1.0 - ask(judge, prompt, text_b, text_a, f"row {row}, order swapped")
+def _point(judge: PairJudge, prompt: PromptText, text_a: str, text_b: str, row: int) -> float:
+    straight, back = ask_twice(judge, prompt, text_a, text_b, f"row {row}")
+    swapped = 1.0 - back
     if {straight, swapped} <= {0.0, 0.5, 1.0}:  # verdicts
         return straight if straight == swapped else 0.5
     return (straight + swapped) / 2

@@ -54,18 +54,17 @@ def ask(judge: PairJudge, prompt: Text, first: Text, second: Text, where: str) -
     return preference
 
 
+def ask_twice(judge: PairJudge, prompt: Text, first: Text, second: Text, where: str) -> tuple[float, float]:
+    """Returns P(first ≻ second) and P(second ≻ first) as a judge says them when it is asked in both orders; see `ask`."""
+    return ask(judge, prompt, first, second, where), ask(judge, prompt, second, first, f"{where}, order swapped")
+
+
 def swapped(judge: PairJudge) -> PairJudge:
     """Returns a judge that asks `judge` in both orders: P = ½ [P(first ≻ second) + 1 − P(second ≻ first)].
 
     A judge of verdicts that contradicts itself says a tie so.
     """
-
-    def both_orders(prompt: Text, first: Text, second: Text) -> float:
-        forth = ask(judge, prompt, first, second, "a pair")
-        back = ask(judge, prompt, second, first, "a pair whose order was swapped")
-        return (forth + 1 - back) / 2
-
-    return both_orders
+    return lambda prompt, first, second: _mean_of_both(judge, prompt, first, second, "a pair")
 
 
 def reward_judge(reward: Any, *, temperature: float | None = None, tie_margin: float = 0.0) -> PairJudge:
@@ -110,13 +109,11 @@ def judge_pairs(
     """
     if not len(prompts) == len(first) == len(second):
         raise ValueError(f"`prompts`, `first` and `second` must be as many, got {len(prompts)}, {len(first)} and {len(second)}.")
-    found = []
-    for row, (prompt, one, other) in enumerate(zip(prompts, first, second, strict=True)):
-        preference = ask(judge, prompt, one, other, f"row {row}")
-        if swap:
-            preference = (preference + 1 - ask(judge, prompt, other, one, f"row {row}, order swapped")) / 2
-        found.append(comparison(prompt, one, other, preference))
-    return found
+    asked = _mean_of_both if swap else ask
+    return [
+        comparison(prompt, one, other, asked(judge, prompt, one, other, f"row {row}"))
+        for row, (prompt, one, other) in enumerate(zip(prompts, first, second, strict=True))
+    ]
 
 
 def judge_texts(judge: TextJudge, prompts: Sequence[Text], completions: Sequence[Text], *, threshold: float = 0.0) -> list[Label]:
@@ -180,6 +177,11 @@ def comparison(prompt: Text, first: Text, second: Text, preference: float) -> Co
     if preference >= 0.5:
         return Comparison(prompt, first, second, preference)
     return Comparison(prompt, second, first, 1 - preference)
+
+
+def _mean_of_both(judge: PairJudge, prompt: Text, first: Text, second: Text, where: str) -> float:
+    forth, back = ask_twice(judge, prompt, first, second, where)
+    return (forth + 1 - back) / 2
 
 
 def _scores(judge: TextJudge, prompts: Sequence[Text], completions: Sequence[Text], where: str = "row {}") -> list[bool | float]:
