@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from textgym.cli.errors import UserError, one_line, one_sentence_errors
+from textgym.cli.options import Device, NumGenerations, RewardWeight
 from textgym.cli.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def evaluate(
             help="The reward that was trained on; see textgym train. Several are added up.", show_default="film-review, or the run's"
         ),
     ] = None,
-    reward_weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each --reward, in their order.", show_default="1 each")
-    ] = None,
+    reward_weight: RewardWeight = None,
     true_reward: Annotated[
         str | None,
         typer.Option(help="The reward that is meant, of the same forms.", show_default="film-review-true beside film-review, or the run's"),
@@ -93,13 +92,13 @@ def evaluate(
         ),
     ] = None,
     best_of: Annotated[int, typer.Option(help="Of so many samples of A the one with the highest --reward is kept.")] = 1,
-    num_generations: Annotated[int, typer.Option(help="Completions per prompt.")] = 1,
+    num_generations: NumGenerations = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens.", show_default=f"{DEFAULTS.max_new_tokens}, or the run's")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling, above 0.", show_default="1, or the run's")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, the same for both sides, and of the intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.md and samples.jsonl.", show_default="none is written")
     ] = None,

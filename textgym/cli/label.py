@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from textgym.cli.errors import UserError, one_sentence_errors
+from textgym.cli.options import Device
 
 
 def label(
@@ -47,7 +48,7 @@ def label(
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated text, in tokens.")] = 24,
     temperature: Annotated[float, typer.Option(help="Of sampling the texts.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the generated texts, of which text stands first, and of --by.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Say which of two texts is better, and make feedback of it that reward models and DPO learn from.
 

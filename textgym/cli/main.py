@@ -6,10 +6,25 @@ from typing import Annotated
 
 import typer
 
-from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT, Algorithm, betas, learning_rates, set_by_default
+from textgym.cli.algorithms import ALGORITHMS, SFT, Algorithm, betas, learning_rates, set_by_default
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.evaluate import evaluate
 from textgym.cli.label import label
+from textgym.cli.options import (
+    Device,
+    Force,
+    MaxNewTokens,
+    Model,
+    NumEnvs,
+    NumGenerations,
+    Resume,
+    RewardWeight,
+    Seed,
+    falling_learning_rate,
+    out_option,
+    resume_changes,
+    set_option,
+)
 from textgym.cli.pipeline import pipeline
 from textgym.cli.plot import plot
 from textgym.cli.reward import reward
@@ -26,7 +41,6 @@ app = typer.Typer(
 )
 
 DEFAULTS = TrainSettings("ppo")
-RESUME_OPTIONS = ("total_timesteps", "device")  # what --resume lets one change
 ONLINE_OPTIONS = ("prompts", "num_envs")
 OFFLINE_OPTIONS = ("preferences",)
 
@@ -40,9 +54,7 @@ def textgym() -> None:
 def train(
     context: typer.Context,
     algorithm: Annotated[Algorithm, typer.Argument(help="The algorithm.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder or id of a causal language model with its tokenizer.", show_default="bundled")
-    ] = None,
+    model: Model = None,
     prompts: Annotated[
         str | None,
         typer.Option(help="Prompts to train on: .jsonl or .jsonl.gz with a column prompt; rewards get the others.", show_default="bundled"),
@@ -66,9 +78,7 @@ def train(
             "dpo and kto only measure it, and with --preferences only if it is given."
         ),
     ] = list(DEFAULTS.reward),  # noqa: B006  (typer copies it)
-    reward_weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each --reward, in their order.", show_default="1 each")
-    ] = None,
+    reward_weight: RewardWeight = None,
     true_reward: Annotated[
         str | None,
         typer.Option(help="A reward that is only measured, of the same forms.", show_default="film-review-true beside film-review"),
@@ -82,24 +92,19 @@ def train(
         int,
         typer.Option(help="Training length in generated tokens; dpo, kto: in completion tokens, and by default n_epochs passes."),
     ] = 60_000,
-    num_envs: Annotated[int, typer.Option(help="Completions per iteration.")] = DEFAULTS.num_envs,
+    num_envs: NumEnvs = DEFAULTS.num_envs,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt, in tokens; a longer one is an error.", show_default="that of the longest prompt")
     ] = None,
     truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="Keep the end of prompts that are too long.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = DEFAULTS.max_new_tokens,
+    max_new_tokens: MaxNewTokens = DEFAULTS.max_new_tokens,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Step size of Adam; of dpo and kto at the start, it falls to 0.", show_default=learning_rates()),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of the algorithm, as clip_range=0.1; repeatable.",
-            show_default=set_by_default(),
-        ),
+        set_option("Any other argument of the algorithm, as clip_range=0.1; repeatable.", show_default=set_by_default()),
     ] = None,
     eval_interval: Annotated[
         int | None, typer.Option(help="Iterations between two measurements on held-out prompts.", show_default="about 20 in all")
@@ -107,14 +112,11 @@ def train(
     max_kl: Annotated[
         float | None, typer.Option(help="KL that the best model may have, nats per completion.", show_default="no bound")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULTS.seed,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = DEFAULTS.device,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/ALGORITHM-DATE-TIME")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with the run in this folder. Its settings hold; only --total-timesteps and --device may be given."),
-    ] = None,
+    seed: Seed = DEFAULTS.seed,
+    device: Device = DEFAULTS.device,
+    out: Annotated[Path | None, out_option("ALGORITHM")] = None,
+    force: Force = False,
+    resume: Resume = None,
 ) -> None:
     """Train a language model by reinforcement learning, and show what it learned.
 
@@ -171,15 +173,10 @@ def _measured(context: typer.Context, reward: list[str], model: str | None, exam
 
 
 def _resume(context: typer.Context, folder: Path, algorithm: str) -> None:
-    """Goes on with a run: the options that were really given are its only changes."""
-    given = {name for name in context.params if was_given(context, name)} - {"algorithm", "resume"}
-    refused = sorted(given - set(RESUME_OPTIONS))
-    if refused:
-        name = option(refused[0].rstrip("_"))
-        raise UserError(f"{name} cannot be given with --resume: the run goes on with its own settings.")
+    changes = resume_changes(context, "algorithm")
     from textgym.cli import train as command
 
-    command.resume(folder, str(algorithm), {name: context.params[name] for name in given})
+    command.resume(folder, str(algorithm), changes)
 
 
 @app.command()
@@ -192,9 +189,7 @@ def sft(
             show_default="2,000 favourable film reviews",
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or id of a causal language model with its tokenizer.", show_default="bundled")
-    ] = None,
+    model: Model = None,
     eval_prompts: Annotated[
         str | None,
         typer.Option(help="Held-out prompts: .jsonl or .jsonl.gz with a column prompt.", show_default="bundled, or a tenth of the file"),
@@ -206,9 +201,7 @@ def sft(
             show_default="film-review beside the bundled examples, else none",
         ),
     ] = None,
-    reward_weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each --reward, in their order.", show_default="1 each")
-    ] = None,
+    reward_weight: RewardWeight = None,
     true_reward: Annotated[
         str | None,
         typer.Option(help="A second reward that is only measured, of the same forms.", show_default="film-review-true beside film-review"),
@@ -221,28 +214,16 @@ def sft(
     batch_size: Annotated[int, typer.Option(help="Examples per optimiser step.")] = 16,
     packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row of the model's input: less padding.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion, in tokens.")] = DEFAULTS.max_new_tokens,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Step size of Adam at the start; it falls to 0.",
-            show_default=f"bundled model: {ALGORITHMS[SFT].learning_rate:g}; any other: {OTHER_LEARNING_RATE:g}",
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of SFT, as max_tokens=512; repeatable."),
-    ] = None,
+    learning_rate: Annotated[float | None, falling_learning_rate(ALGORITHMS[SFT].learning_rate)] = None,
+    set_: Annotated[list[str] | None, set_option("Any other argument of SFT, as max_tokens=512; repeatable.")] = None,
     eval_interval: Annotated[
         int | None, typer.Option(help="Optimiser steps between two measurements on held-out examples.", show_default="about 20 in all")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULTS.seed,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = DEFAULTS.device,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/sft-DATE-TIME")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with the run in this folder. Its settings hold; only --total-timesteps and --device may be given."),
-    ] = None,
+    seed: Seed = DEFAULTS.seed,
+    device: Device = DEFAULTS.device,
+    out: Annotated[Path | None, out_option("sft")] = None,
+    force: Force = False,
+    resume: Resume = None,
 ) -> None:
     """Fine-tune a language model on examples (supervised: cross-entropy on the completions), and show what it learned.
 
@@ -284,13 +265,13 @@ def generate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or id of a model, or a run folder.", show_default="bundled")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompts: .jsonl or .jsonl.gz with a column prompt.")] = None,
-    num_generations: Annotated[int, typer.Option(help="Completions per prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 32,
+    num_generations: NumGenerations = 1,
+    max_new_tokens: MaxNewTokens = 32,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the most probable token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many most probable tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that make up this probability; 1: from all.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same texts.", show_default="a new one each time")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object per line: prompt, completion, completion_ids, log_prob (nats), finish_reason.")
     ] = False,

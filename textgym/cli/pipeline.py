@@ -11,6 +11,7 @@ import typer
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.cli.algorithms import ALGORITHMS, Algorithm, agent_class, betas, learning_rates
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, one_line, one_sentence_errors
+from textgym.cli.options import Device, MaxNewTokens, Model, NumEnvs, Seed, out_option, set_option
 from textgym.cli.run_folder import RunFolder, new_path, write_json
 from textgym.cli.settings import TrainSettings, option, parse_options, was_given
 from textgym.errors import FeedbackNeeded
@@ -78,9 +79,7 @@ class PipelineSettings:
 def pipeline(
     context: typer.Context,
     algorithm: Annotated[Algorithm, typer.Option(help="What learns from the reward model: an online algorithm.")] = Algorithm.RLOO,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or id of a causal language model with its tokenizer.", show_default="bundled")
-    ] = None,
+    model: Model = None,
     prompts: Annotated[str | None, typer.Option(help="Prompts: .jsonl or .jsonl.gz with a column prompt.", show_default="bundled")] = None,
     eval_prompts: Annotated[
         str | None, typer.Option(help="Held-out prompts for the report.", show_default="bundled, or a tenth of the file")
@@ -111,19 +110,16 @@ def pipeline(
     beta: Annotated[float | None, typer.Option(help="Weight of the KL penalty, reward per nat.", show_default=betas())] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the algorithm.", show_default=learning_rates())] = None,
     total_timesteps: Annotated[int, typer.Option(help="Generated tokens of the algorithm in each round.")] = 60_000,
-    num_envs: Annotated[int, typer.Option(help="Completions per iteration.")] = DEFAULTS.num_envs,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = DEFAULTS.max_new_tokens,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of the algorithm; repeatable."),
-    ] = None,
+    num_envs: NumEnvs = DEFAULTS.num_envs,
+    max_new_tokens: MaxNewTokens = DEFAULTS.max_new_tokens,
+    set_: Annotated[list[str] | None, set_option("Any other argument of the algorithm; repeatable.")] = None,
     set_reward: Annotated[
         list[str] | None,
         typer.Option("--set-reward-model", metavar="NAME=VALUE", help="Any argument of RewardModelTrainer; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULTS.seed,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = DEFAULTS.device,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/pipeline-DATE-TIME")] = None,
+    seed: Seed = DEFAULTS.seed,
+    device: Device = DEFAULTS.device,
+    out: Annotated[Path | None, out_option("pipeline")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder: its settings hold, but for --rounds if it is given.")
     ] = None,

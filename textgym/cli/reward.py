@@ -8,10 +8,10 @@ import typer
 
 from textgym.cli.algorithms import OTHER_LEARNING_RATE, REWARD
 from textgym.cli.errors import UserError, one_sentence_errors
-from textgym.cli.settings import option, parse_options, was_given
+from textgym.cli.options import Device, Force, Resume, Seed, falling_learning_rate, out_option, resume_changes, set_option
+from textgym.cli.settings import option, parse_options
 
 BUNDLED_LEARNING_RATE, BUNDLED_EPOCHS = 1e-3, 3
-RESUME_OPTIONS = ("total_timesteps", "device")  # what --resume lets one change
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,10 @@ def reward(
         int | None, typer.Option(help="Training length in tokens of texts that are read.", show_default="--epochs passes")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Records per optimiser step; a ranking is one.")] = DEFAULTS.batch_size,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Step size of Adam at the start; it falls to 0.",
-            show_default=f"bundled model: {BUNDLED_LEARNING_RATE:g}; any other: {OTHER_LEARNING_RATE:g}",
-        ),
-    ] = None,
+    learning_rate: Annotated[float | None, falling_learning_rate(BUNDLED_LEARNING_RATE)] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of RewardModelTrainer, as center_coef=0.01, ranking_loss=pairwise, max_tokens=512; repeatable.",
-        ),
+        set_option("Any other argument of RewardModelTrainer, as center_coef=0.01, ranking_loss=pairwise, max_tokens=512; repeatable."),
     ] = None,
     eval_interval: Annotated[
         int | None, typer.Option(help="Optimiser steps between two measurements of the held-out loss.", show_default="about 20 in all")
@@ -168,14 +158,11 @@ def reward(
         int | None,
         typer.Option(help="Stop when the held-out loss was not the lowest so many measurements in a row.", show_default="never"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULTS.seed,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = DEFAULTS.device,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/reward-DATE-TIME")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with the run in this folder. Its settings hold; only --total-timesteps and --device may be given."),
-    ] = None,
+    seed: Seed = DEFAULTS.seed,
+    device: Device = DEFAULTS.device,
+    out: Annotated[Path | None, out_option("reward")] = None,
+    force: Force = False,
+    resume: Resume = None,
 ) -> None:
     """Train a reward model on feedback, and show what it is worth on feedback that it has not seen.
 
@@ -186,13 +173,10 @@ def reward(
     """
     with one_sentence_errors():
         if resume is not None:
-            given = {name: context.params[name] for name in context.params if was_given(context, name)}
-            refused = sorted(set(given) - {"resume", *RESUME_OPTIONS})
-            if refused:
-                raise UserError(f"{option(refused[0].rstrip('_'))} cannot be given with --resume: the run goes on with its own settings.")
+            changes = resume_changes(context)
             from textgym.cli import reward_run
 
-            reward_run.resume(resume, {name: value for name, value in given.items() if name != "resume"})
+            reward_run.resume(resume, changes)
             return
         settings = RewardSettings(
             feedback=tuple(feedback) if feedback else None,

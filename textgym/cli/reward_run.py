@@ -304,11 +304,4 @@ def resume(path: Path, changes: dict[str, Any]) -> None:
     if folder.algorithm != REWARD:
         raise UserError(f"--resume {path} is a run of {folder.algorithm}: {folder.resume_command()}")
     settings = replace(folder.read_settings(RewardSettings), **changes).checked()
-    run = RewardRun.resume(folder, settings)
-    if run.agent.num_timesteps >= settings.training_length:
-        done = run.agent.num_timesteps
-        raise UserError(f"--resume {path}: this run has its {done:,} timesteps already; to go on, give a larger --total-timesteps.")
-    folder.change_settings(settings)
-    print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.training_length:,} timesteps")
-    run.train()
-    run.finish()
+    RewardRun.resume(folder, settings).go_on()

@@ -1,6 +1,5 @@
 """`textgym train` and `textgym sft`: measure, train, measure again, and write everything into a run folder."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -150,14 +149,7 @@ def resume(path: Path, algorithm: str, changes: dict[str, Any]) -> None:
     settings = replace(folder.settings(), **changes).checked()
     if settings.algorithm != algorithm:
         raise UserError(f"--resume {path} is a run of {settings.algorithm}: {command(settings.algorithm)} --resume {path}")
-    run = Run.resume(folder, settings)
-    if run.agent.num_timesteps >= settings.training_length:
-        done = run.agent.num_timesteps
-        raise UserError(f"--resume {path}: this run has its {done:,} timesteps already; to go on, give a larger --total-timesteps.")
-    folder.change_settings(settings)
-    print(f"Resuming {path} at {run.agent.num_timesteps:,} of {settings.training_length:,} timesteps", file=sys.stdout)
-    run.train()
-    run.finish()
+    Run.resume(folder, settings).go_on()
 
 
 def _evaluation(settings: TrainSettings, environment: Any, true_name: str | None, folder: RunFolder) -> MeasuredEvaluation:

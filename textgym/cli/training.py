@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from textgym.agents.common.progress import ProgressCallback
-from textgym.cli.errors import EXIT_INTERRUPTED, fail, one_line
+from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
 from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
 from textgym.cli.run_folder import RunFolder
 from textgym.cli.workplace import limit_threads
@@ -58,6 +58,22 @@ class Training(ABC):
         finally:
             logger.close()
 
+    def go_on(self) -> None:
+        """Trains the rest of an earlier run whose settings may have been changed, and reports.
+
+        Raises:
+            UserError: there is no rest.
+        """
+        done, total = self.agent.num_timesteps, self.settings.training_length
+        if done >= total:
+            raise UserError(
+                f"--resume {self.folder.path}: this run has its {done:,} timesteps already; to go on, give a larger --total-timesteps."
+            )
+        self.folder.change_settings(self.settings)
+        print(f"Resuming {self.folder.path} at {done:,} of {total:,} timesteps")
+        self.train()
+        self.finish()
+
     def save_checkpoint(self) -> None:
         """Saves the agent, to continue from, and its model, to use."""
         self.agent.save(self.folder.checkpoint)
@@ -89,3 +105,7 @@ class Training(ABC):
     @abstractmethod
     def plot(self) -> None:
         """Draws the curves of all metrics so far."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Measures what was trained, and reports."""
