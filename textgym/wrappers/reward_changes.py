@@ -152,3 +152,35 @@ class ReturnNormalisation(RewardChange):
             self.statistics.update(self.returns[finished])
         episode = {"unnormalized_return": self.returns.copy(), "return_mean": self.means.copy(), "return_std": self.scales.copy()}
         return Changed(np.where(acted, changed, rewards), {"unnormalized_reward": rewards}, episode)
+
+
+class WithStatistics:
+    """What the single and the vector form of a wrapper that normalises show of their statistics.
+
+    Attributes:
+        _normalisation: the rule that holds them.
+    """
+
+    _normalisation: ReturnNormalisation
+
+    @property
+    def statistics(self) -> RunningMoments:
+        """The moments of the returns so far."""
+        return self._normalisation.statistics
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the statistics stay as they are."""
+        return self._normalisation.frozen
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self._normalisation.frozen = frozen
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the statistics, as numbers that JSON can hold."""
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the statistics that `state_dict` returned; for episodes that begin from now on."""
+        self.statistics.load_state_dict(state)

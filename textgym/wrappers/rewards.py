@@ -1,6 +1,5 @@
 """Clipping and normalising the rewards of a single environment. The vector forms are in `textgym.wrappers.vector`."""
 
-from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -8,7 +7,7 @@ import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
 from textgym.types import Info
-from textgym.wrappers.reward_changes import Clipping, ReturnNormalisation, RewardChange, RunningMoments
+from textgym.wrappers.reward_changes import Clipping, ReturnNormalisation, RewardChange, RunningMoments, WithStatistics
 
 _ROW = np.ones(1, dtype=np.bool_)
 
@@ -63,7 +62,7 @@ class ClipReward(RewardLayer):
         super().__init__(env, Clipping(min_reward, max_reward), min_reward=min_reward, max_reward=max_reward)
 
 
-class NormalizeReward(RewardLayer):
+class NormalizeReward(WithStatistics, RewardLayer):
     """Brings the returns of episodes to mean 0 and standard deviation 1, by the running mean μ and standard deviation σ of past returns.
 
         r'_t = r_t / σ,   at the end of the episode (r_T - μ) / σ,   so that the return G becomes (G - μ) / σ
@@ -105,25 +104,3 @@ class NormalizeReward(RewardLayer):
         super().__init__(
             env, self._normalisation, center=center, clip=clip, epsilon=epsilon, statistics=self._normalisation.statistics, frozen=frozen
         )
-
-    @property
-    def statistics(self) -> RunningMoments:
-        """The moments of the returns so far."""
-        return self._normalisation.statistics
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the statistics stay as they are."""
-        return self._normalisation.frozen
-
-    @frozen.setter
-    def frozen(self, frozen: bool) -> None:
-        self._normalisation.frozen = frozen
-
-    def state_dict(self) -> dict[str, float]:
-        """Returns the statistics, as numbers that JSON can hold."""
-        return self.statistics.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the statistics that `state_dict` returned; for episodes that begin from now on."""
-        self.statistics.load_state_dict(state)

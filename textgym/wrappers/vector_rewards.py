@@ -1,6 +1,5 @@
 """Clipping and normalising the rewards of a vector environment, also of whole completions in one pass."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from textgym import sequences
 from textgym.plans import checked_plan
 from textgym.types import BoolArray, Info, SequenceResult
-from textgym.wrappers.reward_changes import Clipping, ReturnNormalisation, RewardChange, RunningMoments
+from textgym.wrappers.reward_changes import Clipping, ReturnNormalisation, RewardChange, RunningMoments, WithStatistics
 from textgym.wrappers.scoring import DoubleArray
 from textgym.wrappers.turns import RowTurns
 
@@ -97,7 +96,7 @@ class ClipReward(VectorRewardLayer):
         super().__init__(env, Clipping(min_reward, max_reward))
 
 
-class NormalizeReward(VectorRewardLayer):
+class NormalizeReward(WithStatistics, VectorRewardLayer):
     """Brings the returns of episodes to mean 0 and standard deviation 1: the vector form of `textgym.wrappers.NormalizeReward`.
 
     All rows share one set of statistics. The rows of a rollout that begin with one reset are therefore changed alike, by the statistics of
@@ -126,25 +125,3 @@ class NormalizeReward(VectorRewardLayer):
     ) -> None:
         self._normalisation = ReturnNormalisation(env.num_envs, statistics, center, clip, epsilon, frozen)
         super().__init__(env, self._normalisation)
-
-    @property
-    def statistics(self) -> RunningMoments:
-        """The moments of the returns so far."""
-        return self._normalisation.statistics
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the statistics stay as they are."""
-        return self._normalisation.frozen
-
-    @frozen.setter
-    def frozen(self, frozen: bool) -> None:
-        self._normalisation.frozen = frozen
-
-    def state_dict(self) -> dict[str, float]:
-        """Returns the statistics, as numbers that JSON can hold."""
-        return self.statistics.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the statistics that `state_dict` returned; for episodes that begin from now on."""
-        self.statistics.load_state_dict(state)
