@@ -1,7 +1,11 @@
-"""Fixtures that all tests share: the device, an offline tokenizer, and tiny random models of the three families."""
+"""Fixtures that all tests share: the device, an offline tokenizer, tiny random models of the three families, and the pages of docs/."""
 
+import contextlib
+import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,3 +199,35 @@ def tabular_policy() -> type[TabularPolicy]:
 def sequence_policy() -> type[SequencePolicy]:
     """The class of numpy policies that have every optional method of the protocol."""
     return SequencePolicy
+
+
+class DocsPage:
+    """A page of docs/ whose Python runs: what it shows, and what stands in comments `<!-- setup:`."""
+
+    _BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- setup:\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
+    _PRINTED = re.compile(r"^\s*print\(.*\)\s+# (.*)$", re.MULTILINE)
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(__file__).parents[1] / "docs" / name
+        self.text = self.path.read_text(encoding="utf-8")
+        self.snippets: list[str] = [shown or hidden for shown, hidden in self._BLOCK.findall(self.text)]
+
+    def printed(self, snippet: str) -> list[str]:
+        """What the comments after the `print`s of a snippet say."""
+        found: list[str] = self._PRINTED.findall(snippet)
+        return found
+
+    def run(self, **names: Any) -> None:
+        """Runs the snippets one after the other; each must print what it says. `names` are known to the first."""
+        assert self.snippets
+        for snippet in self.snippets:
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(snippet, str(self.path), "exec"), names)
+            assert output.getvalue().splitlines() == self.printed(snippet), snippet
+
+
+@pytest.fixture(scope="session")
+def docs_page() -> type[DocsPage]:
+    """The class of pages: `docs_page("rewards.md").run()`."""
+    return DocsPage

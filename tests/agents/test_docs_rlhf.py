@@ -1,25 +1,13 @@
 """Every snippet of docs/rlhf.md runs, in order, and prints what the comment after its `print` says."""
 
-import contextlib
-import io
-import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "rlhf.md"
-PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$", re.MULTILINE)
-
 
 @pytest.mark.slow
-def test_snippets_print_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_snippets_print_what_they_say(docs_page: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    snippets = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert snippets
-    for snippet in snippets:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(compile(snippet, str(PAGE), "exec"), namespace)
-        assert output.getvalue().splitlines() == PRINTED.findall(snippet), snippet
+    docs_page("rlhf.md").run()
     assert Path("runs/mine/round-2/round.json").exists()

@@ -1,13 +1,10 @@
 """The snippets of docs/exact.md run as they stand."""
 
-import re
-from pathlib import Path
-
-PAGE = (Path(__file__).parents[2] / "docs/exact.md").read_text(encoding="utf-8")
+from typing import Any
 
 
-def test_the_snippets_run_one_after_the_other(capsys) -> None:
+def test_the_snippets_run_one_after_the_other(docs_page: Any, capsys) -> None:
     names: dict[str, object] = {}
-    for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+    for snippet in docs_page("exact.md").snippets:
         exec(snippet, names)
     assert "GradientComparison(" in capsys.readouterr().out
