@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.classifiers import check_score_head, classifier_on_trunk, scale_scores, shift_scores, with_own_pad_token
+from textgym.agents.common.classifiers import check_score_head, fresh_classifier, scale_scores, shift_scores, with_own_pad_token
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import tokenise
@@ -141,7 +141,7 @@ class RewardModel:
             raise ValueError(f"`path`: no model could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             language_model, tokenizer = load_model(path, dtype, False, None)
-            made = _fresh(language_model, num_outputs, output_names, seed)
+            made = fresh_classifier(language_model, num_outputs, output_names, seed)
             return cls(made, tokenizer, per_token=per_token, device=device, **settings)
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
         found = cls(model, load_tokenizer(name), per_token=per_token, device=device, **settings)
@@ -170,7 +170,7 @@ class RewardModel:
             seed: of the head.
             **settings: further arguments of the class.
         """
-        model = _fresh(policy.model, num_outputs, output_names, seed)
+        model = fresh_classifier(policy.model, num_outputs, output_names, seed)
         return cls(model, policy.tokenizer, per_token=per_token, **{"device": policy.device, **settings})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -390,16 +390,3 @@ class RewardModel:
         in_weights = shift_scores(self.model, torch.tensor(-mean))
         scale_scores(self.model, torch.tensor(1 / std))
         return Normalisation(mean, std, in_weights)
-
-
-def _fresh(language_model: nn.Module, num_outputs: int | None, output_names: Sequence[str] | None, seed: int) -> Any:
-    """Returns a classifier with a fresh head and named outputs."""
-    count = num_outputs if num_outputs is not None else 1 if output_names is None else len(output_names)
-    check_count("num_outputs", count, "outputs")
-    if output_names is not None and (len(output_names) != count or len(set(output_names)) != count):
-        raise ValueError(f"`output_names` must be {count} different names, one per output, got {list(output_names)}.")
-    model = classifier_on_trunk(language_model, count, seed)
-    if output_names is not None:
-        model.config.id2label = dict(enumerate(output_names))
-        model.config.label2id = {name: index for index, name in enumerate(output_names)}
-    return model

@@ -1,7 +1,7 @@
 """Sequence classifiers of transformers as reward models: a fresh head on a language model's trunk, a pad token, a constant added."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,34 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from textgym.agents.common.backbone import without_peft
+from textgym.agents.common.checks import check_count
 from textgym.rewards.classifier import OFFSET, has_score_head, head_scores, hidden_states
 
 PAD = "<|pad|>"
 _PROBE_LENGTH = 4
+
+
+def fresh_classifier(language_model: nn.Module, num_outputs: int | None, output_names: Sequence[str] | None, seed: int) -> Any:
+    """Returns a classifier with a copy of a language model's trunk and a fresh head, see `classifier_on_trunk`, whose outputs have names.
+
+    Args:
+        language_model: a transformers causal LM, or a peft model around one.
+        num_outputs: scores per text; None for as many as there are names, or one.
+        output_names: their names; None for those of transformers.
+        seed: of the head.
+
+    Raises:
+        ValueError: the names are not as many as the outputs, or not different.
+    """
+    count = num_outputs if num_outputs is not None else 1 if output_names is None else len(output_names)
+    check_count("num_outputs", count, "outputs")
+    if output_names is not None and (len(output_names) != count or len(set(output_names)) != count):
+        raise ValueError(f"`output_names` must be {count} different names, one per output, got {list(output_names)}.")
+    model = classifier_on_trunk(language_model, count, seed)
+    if output_names is not None:
+        model.config.id2label = dict(enumerate(output_names))
+        model.config.label2id = {name: index for index, name in enumerate(output_names)}
+    return model
 
 
 def classifier_on_trunk(language_model: nn.Module, num_outputs: int, seed: int) -> PreTrainedModel:

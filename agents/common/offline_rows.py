@@ -13,20 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from textgym.feedback.columns import answer_of, has_columns, number_of, shown, verdict_of, wrong_columns
 from textgym.feedback.reading import Feedback
 from textgym.feedback.records import Comparison, Label, Ranking, Record
-from textgym.feedback.rows import (
-    answer_of,
-    form_of,
-    has_columns,
-    is_record,
-    number_of,
-    parse_label,
-    row_to_record,
-    shown,
-    verdict_of,
-    wrong_columns,
-)
+from textgym.feedback.rows import form_of, is_record, parse_label, row_to_record
 from textgym.prompts import PromptText, check_prompt, read_rows
 
 Ids: TypeAlias = list[int]

@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from textgym.feedback.columns import finite_number, shown
 from textgym.feedback.records import Comment, Comparison, Label, Ranking, Record, Text
-from textgym.feedback.rows import finite_number, is_record, shown
+from textgym.feedback.rows import is_record
 from textgym.rewards.texts import score_texts
 
 Verdict: TypeAlias = Literal["first", "second", "tie"]

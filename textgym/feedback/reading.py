@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textgym.errors import FeedbackError
+from textgym.feedback.columns import has_columns, shown
 from textgym.feedback.records import Record
-from textgym.feedback.rows import FORMS, form_of, has_columns, is_record, row_to_record, shown
+from textgym.feedback.rows import FORMS, form_of, is_record, row_to_record
 from textgym.prompts import iterate_json_lines, read_rows
 
 SOURCES = "a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, or a `datasets.Dataset`"

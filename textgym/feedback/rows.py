@@ -12,13 +12,24 @@ Every row may have a `weight`. A column `form` names the form of a row whose col
 """
 
 import math
-import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
+from textgym.feedback.columns import (
+    Row,
+    answer_of,
+    has_columns,
+    is_whole,
+    list_of,
+    number_of,
+    shown,
+    verdict_of,
+    whole_numbers,
+    wrong_columns,
+)
 from textgym.feedback.records import (
     Comment,
     Comparison,
@@ -35,11 +46,9 @@ from textgym.feedback.records import (
 )
 from textgym.prompts import Messages, check_prompt
 
-Row: TypeAlias = Mapping[str, Any]
 Parser: TypeAlias = Callable[[Row, str], Record]
 
 _DIALOGUE_TURN = "\n\nAssistant:"  # of the data sets that write conversations as texts (HH-RLHF)
-_SHOWN = 80
 
 
 def is_record(value: object) -> bool:
@@ -114,7 +123,7 @@ def parse_ranking(row: Row, where: str) -> Ranking:
     completions = _answers(row, where)
     if not has_columns(row, name):
         _check_best_first(row, where)
-    ranks = _whole_numbers(row[name], where, name) if has_columns(row, name) else list(range(1, len(completions) + 1))
+    ranks = whole_numbers(row[name], where, name) if has_columns(row, name) else list(range(1, len(completions) + 1))
     if len(ranks) != len(completions):
         raise ValueError(f"`{name}` of {where} must have a rank for each of the {len(completions)} completions, got {len(ranks)}.")
     return Ranking(_prompt(row, where), completions, tuple(ranks), **_common(row, where, "ranking", *({"rank"} & {name})))
@@ -136,9 +145,9 @@ def parse_judgements(row: Row, where: str) -> Judgements:
         raise wrong_columns(row, where, _WANTED["judgements"])
     completions = _answers(row, where)
     judgements: list[Judgement] = []
-    for one in _list(row["comparisons"], where, "comparisons", "judgements {i, j, z}"):
+    for one in list_of(row["comparisons"], where, "comparisons", "judgements {i, j, z}"):
         rule = f"`comparisons` of {where} must hold {{i, j, z}} with two different places i, j below {len(completions)} and z of 1, 0 or -1"
-        if not isinstance(one, Mapping) or not all(_is_whole(one.get(key)) for key in "ijz"):
+        if not isinstance(one, Mapping) or not all(is_whole(one.get(key)) for key in "ijz"):
             raise ValueError(f"{rule}, got {shown(one)}.")
         judgement = Judgement(int(one["i"]), int(one["j"]), int(one["z"]))
         places = {judgement.first, judgement.second}
@@ -176,7 +185,7 @@ def parse_marking(row: Row, where: str) -> Marking:
     prompt, completion, names = _text(row, where, "marking")
     if not isinstance(completion, str):
         raise ValueError(f"`completion` of {where} must be a string, in whose characters spans are counted, got {shown(completion)}.")
-    spans = tuple(_span(one, len(completion), where) for one in _list(row["spans"], where, "spans", "spans {category, start, end}"))
+    spans = tuple(_span(one, len(completion), where) for one in list_of(row["spans"], where, "spans", "spans {category, start, end}"))
     return Marking(prompt, completion, spans, **_common(row, where, "marking", *names))
 
 
@@ -299,70 +308,7 @@ def _segment_row(segment: Segment) -> dict[str, Any]:
     return {**ids, "start": segment.start, "end": segment.end}
 
 
-# -- columns ------------------------------------------------------------------------------------------------------------------------------
-
-
-def has_columns(row: Row, *columns: str) -> bool:
-    """Returns whether `row` has all of `columns`; None counts as absent, as in a data set whose rows have different forms."""
-    return all(row.get(column) is not None for column in columns)
-
-
-def wrong_columns(row: Row, where: str, wanted: str) -> ValueError:
-    """Returns the error of a row that lacks columns."""
-    return ValueError(f"{where} must have the columns {wanted}, got {list(row)}; rename those that hold them.")
-
-
-def number_of(row: Row, column: str, default: float, where: str, low: float, high: float) -> float:
-    """Returns the finite number from `low` to `high` in `column`, or `default` where there is none."""
-    value = row.get(column)
-    if value is None:
-        return default
-    number = finite_number(value)
-    if number is None or not low <= number <= high:
-        bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-        raise ValueError(f"`{column}` of {where} must be a finite number{bounds}, got {value!r}.")
-    return number
-
-
-def finite_number(value: Any) -> float | None:
-    """Returns `value` as a float if it is a finite number, None if it is anything else (a bool too)."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def verdict_of(label: Any, where: str, positive: Collection[Any] | None = None) -> bool:
-    """Returns whether a label means good.
-
-    Args:
-        label: true or false, 1 or 0, 1 or −1; with `positive` anything.
-        where: what error messages call the row.
-        positive: the labels that mean good.
-    """
-    if positive is not None:
-        return label in positive
-    number = float(label) if isinstance(label, bool | np.bool_) else finite_number(label)
-    if number not in (-1, 0, 1):
-        cure = " Where labels are names of classes, pass `positive=` with the one that is good." if isinstance(label, str) else ""
-        raise ValueError(f"`label` of {where} must be true (good) or false, 1 or 0, or 1 or -1, got {shown(label)}.{cure}")
-    return number == 1
-
-
-def answer_of(answer: Any, where: str, column: str) -> Text:
-    """Returns a completion if it is a string or one assistant message."""
-    if isinstance(answer, str):
-        return answer
-    messages: Messages = check_prompt(answer, f"`{column}` of {where}")  # type: ignore[assignment]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise ValueError(f"`{column}` of {where} must be a string or one assistant message, got {shown(messages)}.")
-    return messages
-
-
-def shown(value: Any) -> str:
-    """Returns `repr(value)`, cut to what an error message has room for."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+# -- what several forms read --------------------------------------------------------------------------------------------------------------
 
 
 def _common(row: Row, where: str, form: str, *used: str) -> dict[str, Any]:
@@ -401,29 +347,11 @@ def _answers(row: Row, where: str, at_least: int = 2) -> tuple[Text, ...]:
     return tuple(answer_of(one, where, "completions") for one in answers)
 
 
-def _list(values: Any, where: str, column: str, wanted: str) -> list[Any]:
-    if isinstance(values, str | Mapping) or not isinstance(values, Sequence | np.ndarray):
-        raise ValueError(f"`{column}` of {where} must be a list of {wanted}, got {shown(values)}.")
-    return list(values)
-
-
-def _is_whole(value: Any) -> bool:
-    number = finite_number(value)
-    return number is not None and number.is_integer()
-
-
-def _whole_numbers(values: Any, where: str, column: str) -> list[int]:
-    found = _list(values, where, column, "whole numbers")
-    if not all(map(_is_whole, found)):
-        raise ValueError(f"`{column}` of {where} must be a list of whole numbers, got {shown(values)}.")
-    return [int(value) for value in found]
-
-
 def _segment(value: Any, where: str, column: str) -> Segment:
     if not isinstance(value, Mapping) or not has_columns(value, "prompt_ids", "completion_ids", "start", "end"):
         raise ValueError(f"`{column}` of {where} must be {{prompt_ids, completion_ids, start, end}}, got {shown(value)}.")
-    prompt, completion = (tuple(_whole_numbers(value[name], where, f"{column}.{name}")) for name in ("prompt_ids", "completion_ids"))
-    start, end = _whole_numbers([value["start"], value["end"]], where, f"{column}.start, {column}.end")
+    prompt, completion = (tuple(whole_numbers(value[name], where, f"{column}.{name}")) for name in ("prompt_ids", "completion_ids"))
+    start, end = whole_numbers([value["start"], value["end"]], where, f"{column}.start, {column}.end")
     if not 0 <= start < end <= len(completion):
         raise ValueError(
             f"`{column}` of {where} must have 0 <= start < end <= {len(completion)}, the number of `completion_ids`, got {start} and {end}."
@@ -435,7 +363,7 @@ def _span(value: Any, length: int, where: str) -> Span:
     category = value.get("category", value.get("type")) if isinstance(value, Mapping) else None
     if not isinstance(category, str) or not category:
         raise ValueError(f"`spans` of {where} must hold {{category, start, end}}, got {shown(value)}.")
-    start, end = _whole_numbers([value.get("start"), value.get("end")], where, "spans")
+    start, end = whole_numbers([value.get("start"), value.get("end")], where, "spans")
     if not 0 <= start < end <= length:
         raise ValueError(f"`spans` of {where} must have 0 <= start < end <= {length}, the characters of the text, got {start} and {end}.")
     return Span(category, start, end)
