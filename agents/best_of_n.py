@@ -76,7 +76,7 @@ class BestOfN:
             rows.texts, max_new_tokens, temperature, num_generations=drawn, seed=seed, generator=generator, **options
         )
         owners = [prompt for prompt in range(len(rows)) for _ in range(drawn)]
-        rewards, _ = score(self.reward, rows.select(owners), sampled.completion_ids, sampled.decode)
+        rewards, _ = score(self.reward, rows.select(owners), sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)
         self.reward_queries += len(rewards)
         best = torch.from_numpy(rewards.reshape(-1, self.n).argmax(axis=1))  # (P * G, n) -> (P * G,), the first of equals
         return select(sampled, torch.arange(len(best)) * self.n + best)

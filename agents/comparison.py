@@ -10,7 +10,7 @@ import torch
 
 from textgym.agents.best_of_n import BestOfN
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.generation import Decode, Generation
+from textgym.agents.common.generation import Generation
 from textgym.agents.common.perplexity import Perplexity, perplexity
 from textgym.agents.common.scored_completions import Float64Array, PromptRows, Sampler, score, text_ids
 from textgym.agents.policy import CausalLMPolicy
@@ -196,6 +196,7 @@ class _Side:
     Attributes:
         prompts: one row per text.
         num_prompts: P.
+        prompt_ids: N lists of tokens, those of the prompts.
         ids: N lists of tokens, EOS included.
         policy: whose tokens they are.
         kl: (N,) Σ_t log π − log π_ref, nats; None where it was not measured.
@@ -207,6 +208,7 @@ class _Side:
 
     prompts: PromptRows
     num_prompts: int
+    prompt_ids: list[list[int]]
     ids: list[list[int]]
     policy: CausalLMPolicy
     kl: Float64Array | None
@@ -216,16 +218,14 @@ class _Side:
     scores: dict[str, Float64Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        decode: Decode = self.policy.decode_texts
-        self.decode = decode
-        self.texts = decode(self.ids)
+        self.texts = self.policy.decode_texts(self.prompt_ids, self.ids)
 
     def per_prompt(self, values: Float64Array) -> Float64Array:
         """(N,) -> (P, G)."""
         return values.reshape(self.num_prompts, -1)
 
     def score(self, reward: RewardSet) -> Float64Array:
-        return score(reward, self.prompts, self.ids, self.decode)[0]
+        return score(reward, self.prompts, self.prompt_ids, self.ids, self.policy.decode_texts)[0]
 
     def report(self, name: str, reference: CausalLMPolicy | None, estimate: Any) -> SideReport:
         means = {key: estimate(self.per_prompt(scores).mean(axis=1)) for key, scores in self.scores.items()}
@@ -240,7 +240,7 @@ class _Side:
         )
 
     def _ids_of(self, reference: CausalLMPolicy) -> list[list[int]]:
-        return self.ids if same_tokens(self.policy, reference) else text_ids(reference, self.prompts, self.texts, "completion {}")
+        return self.ids if same_tokens(self.policy, reference) else text_ids(reference, self.prompts, self.texts, "completion {}")[1]
 
 
 def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:
@@ -248,12 +248,14 @@ def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:
     policy = _base(sampler)
     generator = torch.Generator(policy.device).manual_seed(options.seed)
     queries = getattr(sampler, "reward_queries", 0)
+    prompt_ids: list[list[int]] = []
     ids: list[list[int]] = []
     kls: list[Float64Array] = []
     for batch in rows.batches(options.batch_size):
         # Best-of-n scores what it samples, and its reward may want the other columns.
         prompts = batch.as_rows() if isinstance(sampler, BestOfN) else batch.texts
         generation = sampler.generate(prompts, options.max_new_tokens, num_generations=options.num_generations, generator=generator)
+        prompt_ids += generation.prompt_id_lists
         ids += generation.completion_ids
         if options.reference is not None and same_tokens(policy, options.reference):
             kls.append(_log_ratios(policy, options.reference, generation) + (sampler.kl_bound if isinstance(sampler, BestOfN) else 0.0))
@@ -263,6 +265,7 @@ def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:
     return _Side(
         prompts=rows.select(owners),
         num_prompts=len(rows),
+        prompt_ids=prompt_ids,
         ids=ids,
         policy=policy,
         kl=np.concatenate(kls) if kls else None,
@@ -283,7 +286,7 @@ def _given(policy: CausalLMPolicy, rows: PromptRows, column: str) -> _Side:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"Column {column!r} of `prompts` must hold a text in every row, got {text!r} in row {row}.")
-    return _Side(rows, len(rows), text_ids(policy, rows, texts, f"{column!r} of row {{}} of `prompts`"), policy, None, False)
+    return _Side(rows, len(rows), *text_ids(policy, rows, texts, f"{column!r} of row {{}} of `prompts`"), policy, None, False)
 
 
 def _base(sampler: Any) -> CausalLMPolicy:

@@ -22,8 +22,7 @@ from textgym.agents.common.prompt_batches import Prompts, encode
 from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.token_mask import TokenMask
-from textgym.tokenizers import decode as decode_ids
-from textgym.tokenizers import end_token_ids, filler_token_id
+from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
 
 Array = npt.NDArray[Any]
 Observation = Mapping[str, Array]
@@ -292,9 +291,9 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         """Returns an `ActionMasker` of the tokens that this policy keeps under `sampling`, for `action_mask` of another one."""
         return PolicyMask(self.backbone, TokenRule(sampling))
 
-    def decode_texts(self, ids: list[list[int]]) -> list[str]:
-        """Decodes id lists without special tokens, as the environment does."""
-        return decode_ids(self.tokenizer, ids)
+    def decode_texts(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the texts of completions behind their prompts, without special tokens, as the environment does."""
+        return decode_completions(self.tokenizer, prompt_ids, completion_ids)
 
     def encode_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Turns every form of prompts that `generate` takes into left-padded ids (B, P) and lengths (B,), on the policy's device."""

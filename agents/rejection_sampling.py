@@ -105,11 +105,10 @@ def keep_best(
     for batch in rows.batches(batch_size):
         sampled = policy.generate(batch.texts, max_new_tokens, num_generations=n, generator=generator)
         owned = batch.select([prompt for prompt in range(len(batch)) for _ in range(n)])
-        scores, _ = score(rewards, owned, sampled.completion_ids, sampled.decode)
+        scores, _ = score(rewards, owned, sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)
         tables.append(scores.reshape(len(batch), n))
-        prompt_ids = [ids[-length:] for ids, length in zip(sampled.prompt_ids.tolist(), sampled.prompt_lengths.tolist(), strict=True)]
         columns = {
-            "prompt_ids": prompt_ids,
+            "prompt_ids": sampled.prompt_id_lists,
             "completion_ids": sampled.completion_ids,
             "prompt": owned.texts,
             "completion": sampled.texts,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from textgym.envs.task import TextTask
 from textgym.prompts import Prompt, PromptText, copy_prompt
 from textgym.rewards.compose import EpisodeBatch
-from textgym.tokenizers import decode
+from textgym.tokenizers import decode_completions, prompt_ends
 from textgym.types import BoolArray, FinishReason, Info, IntArray, Observation
 
 Float64Array = npt.NDArray[np.float64]
@@ -100,7 +100,7 @@ class EpisodeRows:
         self.prompt_indices: IntArray = np.full(num_rows, -1, dtype=np.int64)
         self.free_prompts: dict[int, Prompt] = {}
         self.outcomes: list[tuple[Outcome, int] | None] = [None] * num_rows
-        self._decode = partial(decode, task.tokenizer)
+        self._decode = partial(decode_completions, task.tokenizer)
         # Flat views and places: writing one token per row is several times faster through them than by row and column.
         self._flat_ids, self._flat_mask = self.input_ids.reshape(-1), self.attention_mask.reshape(-1)
         self._first_places: IntArray = np.arange(num_rows) * task.length + task.max_prompt_tokens
@@ -211,8 +211,14 @@ class EpisodeRows:
             prompts=prompts,
             completion_ids=[ids[:length] for ids, length in zip(tokens, lengths, strict=True)],
             columns=columns,
+            prompt_ids=prompt_ends(self.task.tokenizer, self._prompt_ids(rows)),
             decode=self._decode,
         )
+
+    def _prompt_ids(self, rows: Sequence[int] | IntArray) -> list[IntArray]:
+        """Returns the tokens of the prompts of `rows`."""
+        prompt_set, indices = self.task.prompt_set, self.prompt_indices[rows].tolist()
+        return [prompt_set.ids[i] if i >= 0 else self.free_prompts[row].ids for row, i in zip(rows, indices, strict=True)]
 
     def _prompts_of(self, rows: Sequence[int] | IntArray) -> tuple[list[PromptText], dict[str, list[Any]]]:
         """Returns the prompts of `rows`, as objects of the caller's own, and their other columns."""

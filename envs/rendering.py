@@ -6,10 +6,10 @@ import textwrap
 from textgym.envs.core import EpisodeRows
 from textgym.errors import EpisodeEndedError
 from textgym.prompts import PromptText
+from textgym.tokenizers import UNFINISHED
 
 _WIDTH = 100
 _PROMPT, _TEXT, _STATUS = " prompt | ", "   text > ", "        = "
-_UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose other bytes are still to come
 
 
 def row_frame(rows: EpisodeRows, row: int) -> str:
@@ -66,7 +66,7 @@ class Typewriter:
         text = rows.batch([row]).texts[0]
         ended = rows.outcomes[row] is not None
         if not ended:
-            text = text.rstrip(_UNFINISHED)
+            text = text.rstrip(UNFINISHED)
         if not text.startswith(self._typed):  # this tokenizer's text changes behind its last token: type it anew
             self._typed = ""
             self._write("\n" + _TEXT)

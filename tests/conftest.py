@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -101,6 +101,20 @@ def make_tiny_model(
 def tokenizer() -> PreTrainedTokenizerFast:
     """See `character_tokenizer`."""
     return character_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words carry their space, a text has one more before its first word, and what has no piece is spelt in bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abemoti"]
+    merges = [("t", "i"), ("m", "e"), ("ti", "me"), ("▁", "a"), ("▁", "time"), ("▁", "to")]
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, *map("".join, merges)])}
+    merges.insert(0, ("t", "o"))
+    vocabulary["to"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(params=MODEL_TYPES)

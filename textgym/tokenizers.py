@@ -1,16 +1,29 @@
-"""Tokenizers: loading one without torch, its end-of-sequence ids, and decoding completions fast.
+"""Tokenizers: loading one without torch, its end-of-sequence ids, and decoding completions behind their prompts, fast.
 
 Any transformers tokenizer serves. Nothing here imports transformers before a tokenizer is loaded from a path.
 """
 
 import functools
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from textgym.types import IntArray
+
+Decode: TypeAlias = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[str]]
+"""From N prompts and N completions, ids both, to the completions' texts: `decode_completions` of a tokenizer."""
+
+UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose other bytes are still to come
+_NEAR = 3  # tokens before a border that its text can depend on: a character has at most four bytes, and a token at least one
+# Decoders for which that holds, by the types of their parts; none at all joins tokens with spaces. Llama, Mistral and Gemma have the last.
+_NEAR_SIGHTED = re.compile(r"|ByteLevel|Metaspace|WordPiece|Replace( ByteFallback)? Fuse( Strip)?")
 
 
 class SharedTokenizer:
@@ -113,6 +126,116 @@ def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[in
         return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
     # One by one: `decode_batch` hands each text to a pool of threads, which takes longer than decoding it, and which a fork would lose.
     return [backend.decode(ids, skip_special_tokens=True) for ids in sequences]
+
+
+def decode_completions(
+    tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[Sequence[int] | IntArray]", completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """Returns the text of each completion as it reads behind its prompt, without special tokens.
+
+        text(completion) = text(prompt + completion) − text(prompt)
+
+    so that the text of a prompt with that of its completion is the text of the whole. On its own a completion may read otherwise:
+    SentencePiece tokenizers (Llama 2, Mistral) drop the space before the first word of a text, WordPiece ones have none there.
+
+    A tokenizer may read the end of the prompt differently once the completion is there. Then one of two holds:
+
+    - The prompt's ids end inside of a character. The character, if the completion finishes it, is the completion's: its text begins where
+      text(prompt + completion) departs from text(prompt).
+    - The prompt's text was finished, and what follows spoils it (in Llama's, a stray byte behind characters that are spelt in bytes
+      makes all of them unreadable; some tokenizers clean up spaces before an apostrophe). The prompt keeps its text, and the completion
+      has that of its ids alone.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: N id sequences, or only their ends (`prompt_ends`), which give the same texts. Behind an empty one a text begins.
+        completions: N id sequences.
+    """
+    ends = [tuple(ids) for ids in prompt_ends(tokenizer, prompts)]
+    different = [ids for ids in dict.fromkeys(ends) if ids]
+    before = {(): "", **dict(zip(different, decode(tokenizer, different), strict=True))}
+    wholes = decode(tokenizer, [[*end, *ids] for end, ids in zip(ends, completions, strict=True)])
+    texts = []
+    for end, ids, whole in zip(ends, completions, wholes, strict=True):
+        prompt = before[end]
+        if whole.startswith(prompt):
+            texts.append(whole[len(prompt) :])
+        elif prompt.endswith(UNFINISHED):
+            texts.append(whole[common_length(prompt, whole) :])
+        else:
+            texts += decode(tokenizer, [ids])
+    return texts
+
+
+def common_length(a: str, b: str) -> int:
+    """Returns how many characters two texts have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def prompt_ends(tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[Sequence[int] | IntArray]") -> list[list[int]]:
+    """Returns of each prompt the last tokens, as many as the texts of completions depend on.
+
+    Three with a text of their own are enough for the usual tokenizers (byte-level BPE, SentencePiece, WordPiece), none where texts are
+    the tokens put end to end. Special tokens do not count, nor do the bytes that SentencePiece falls back on, which are read together. Of
+    a tokenizer that is not known to be like that, the whole prompts are returned.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: N id sequences.
+    """
+    border = _border(tokenizer)
+    if border is None:
+        return [[int(token) for token in ids] for ids in prompts]
+    needed, passed_over = border
+    ends = []
+    for ids in prompts:
+        start, missing = len(ids), needed
+        while start and missing:
+            start -= 1
+            missing -= ids[start] not in passed_over
+        ends.append([int(token) for token in ids[start:]])
+    return ends
+
+
+_BORDERS: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, tuple[int, frozenset[int]] | None]]" = WeakKeyDictionary()
+
+
+def _border(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, frozenset[int]] | None:
+    """Returns how many tokens of a prompt's end count, and the ids that do not; None where all do. Looked up once per tokenizer."""
+    size = len(tokenizer)  # special tokens may have been added meanwhile
+    known = _BORDERS.get(tokenizer)
+    if known is None or known[0] != size:
+        known = _BORDERS[tokenizer] = size, _find_border(tokenizer)
+    return known[1]
+
+
+def _find_border(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, frozenset[int]] | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind: Any = type(tokenizer)
+    if backend is None or not _decodes_as_usual(kind):
+        return None
+    if tokenizer.clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE":  # of BPE's texts transformers cleans none
+        return None
+    parts = [] if backend.decoder is None else list(_parts(json.loads(backend.decoder.__getstate__())))
+    kinds = " ".join(part["type"] for part in parts)
+    if kinds == "Fuse":
+        return 0, frozenset()
+    if not _NEAR_SIGHTED.fullmatch(kinds) or any(part.get("start", 0) > _NEAR for part in parts):
+        return None
+    special = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+    single_bytes = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} if "ByteFallback" in kinds else set()
+    return _NEAR, frozenset(special | single_bytes)
+
+
+def _parts(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the decoders that one is made of, in order."""
+    if decoder["type"] != "Sequence":
+        yield decoder
+        return
+    for part in decoder["decoders"]:
+        yield from _parts(part)
 
 
 @functools.cache

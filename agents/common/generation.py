@@ -3,7 +3,6 @@
 Row for row and token for token the numbers that come out are those of `textgym.agents.common.scoring` on the same ids.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,8 +21,7 @@ from textgym.agents.common.sampling import (
     scale_logits,
     token_log_probs,
 )
-
-Decode = Callable[[list[list[int]]], list[str]]
+from textgym.tokenizers import Decode
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ class Generation:
             could be drawn at every step.
         stopped: the row ended because its text contains a stop string, (B,) bool.
         eos_token_ids: the ids that ended a row.
-        decode: id lists to texts, for `texts`.
+        decode: the ids of prompts and completions to texts, for `texts`.
     """
 
     ids: Tensor
@@ -59,9 +57,14 @@ class Generation:
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
 
     @cached_property
+    def prompt_id_lists(self) -> list[list[int]]:
+        """The ids of each row's prompt, without filler."""
+        return _without_filler(self.prompt_ids, self.prompt_lengths)
+
+    @cached_property
     def texts(self) -> list[str]:
-        """The completions as text, without special tokens; decoded when first asked for."""
-        return self.decode(self.completion_ids)
+        """The completions as text, as they read behind their prompts, without special tokens; decoded when first asked for."""
+        return self.decode(self.prompt_id_lists, self.completion_ids)
 
     @property
     def completion_mask(self) -> Tensor:
@@ -124,7 +127,7 @@ def decode(
         prompt_lengths: (B,) int64, at least 1.
         options: see `DecodeOptions`.
         generator: the source of randomness, on any device.
-        to_texts: id lists to texts without special tokens.
+        to_texts: the ids of prompts and completions to texts without special tokens.
 
     Returns:
         B * `num_generations` rows.
@@ -153,6 +156,7 @@ class _DecodeLoop:
         self._to_texts = to_texts
         self._vocab_size = backbone.vocab_size
         self._prompts = (prompt_ids, prompt_lengths)
+        self._prompt_id_lists = _without_filler(prompt_ids, prompt_lengths) if options.stop_strings else []
         self._uniforms = torch.rand((steps, rows), generator=generator, device=generator.device, dtype=torch.float64).to(device)
         self._decoder = CachedDecoder(backbone, prompt_ids, prompt_lengths, steps, options.num_generations)
         self._eos = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device)
@@ -270,7 +274,8 @@ class _DecodeLoop:
         """Ends the rows whose text contains a stop string. Reads the tokens back, so this is the one part that waits for a device."""
         running = (~self._finished).nonzero().squeeze(1)
         rows = running if self._rows is None else self._rows.index_select(0, running)
-        texts = self._to_texts(self._ids[: step + 1, rows].T.tolist())
+        prompts = [self._prompt_id_lists[row // self._options.num_generations] for row in rows.tolist()]
+        texts = self._to_texts(prompts, self._ids[: step + 1, rows].T.tolist())
         found = torch.tensor([any(stop in text for stop in self._options.stop_strings) for text in texts], device=rows.device)
         self._finished[running] = found
         self._stopped[rows] = found
@@ -288,6 +293,11 @@ class _DecodeLoop:
             self._legal = self._legal.index_select(0, running)
         self._finished = self._finished.index_select(0, running)
         return tokens.index_select(0, running)
+
+
+def _without_filler(prompt_ids: Tensor, prompt_lengths: Tensor) -> list[list[int]]:
+    width = prompt_ids.shape[1]
+    return [row[width - length :] for row, length in zip(prompt_ids.tolist(), prompt_lengths.tolist(), strict=True)]
 
 
 class _FinishWatch:

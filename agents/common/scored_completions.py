@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from textgym.agents.common.generation import Decode, Generation
-from textgym.agents.common.offline_rows import Example
+from textgym.agents.common.generation import Generation
+from textgym.agents.common.offline_rows import Example, Ids
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.policy import CausalLMPolicy
 from textgym.prompts import PromptSet, PromptText, read_prompts
 from textgym.rewards.compose import EpisodeBatch, RewardSet
+from textgym.tokenizers import Decode
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -63,20 +64,21 @@ class PromptRows:
 
 
 def score(
-    reward: RewardSet, prompts: PromptRows, completion_ids: list[list[int]], decode: Decode
+    reward: RewardSet, prompts: PromptRows, prompt_ids: list[list[int]], completion_ids: list[list[int]], decode: Decode
 ) -> tuple[Float64Array, dict[str, Float64Array]]:
     """Scores completions as an environment does at their end: the weighted sum of all parts, dense ones summed over the tokens.
 
     Args:
         reward: the rewards.
         prompts: one row per completion.
+        prompt_ids: N lists of tokens, those of the prompts.
         completion_ids: N lists of tokens, EOS included.
-        decode: id lists to texts without special tokens.
+        decode: the ids of prompts and completions to the completions' texts without special tokens.
 
     Returns:
         (N,) rewards, and the unweighted ones of each part, (N,) with NaN where a part did not apply.
     """
-    batch = EpisodeBatch(prompts.texts, completion_ids, prompts.columns, decode=decode)
+    batch = EpisodeBatch(prompts.texts, completion_ids, prompts.columns, prompt_ids=prompt_ids, decode=decode)
     totals, parts = reward.terminal(batch) if reward.has_terminal else (np.zeros(len(batch)), {})
     if reward.has_dense:
         dense, dense_parts = reward.dense_sequence(batch, np.ones(len(batch), dtype=np.bool_))
@@ -85,7 +87,7 @@ def score(
     return totals, {name: parts[name] for name in reward.names if name in parts}
 
 
-def text_ids(policy: CausalLMPolicy, prompts: PromptRows, texts: Sequence[str], where: str) -> list[list[int]]:
+def text_ids(policy: CausalLMPolicy, prompts: PromptRows, texts: Sequence[str], where: str) -> tuple[list[Ids], list[Ids]]:
     """Tokenises given texts as completions of their prompts, each ended by EOS, as SFT reads its examples.
 
     Args:
@@ -93,7 +95,10 @@ def text_ids(policy: CausalLMPolicy, prompts: PromptRows, texts: Sequence[str], 
         prompts: one row per text.
         texts: the completions.
         where: how error messages name a row, with `{}` for its place.
+
+    Returns:
+        the ids of the prompts, and those of the completions.
     """
     examples = [Example(prompt, [text]) for prompt, text in zip(prompts.texts, texts, strict=True)]
     rows = tokenise(examples, policy.tokenizer, policy.eos_token_ids, where, append_eos=True)
-    return [row.completions[0] for row in rows]
+    return [row.prompt for row in rows], [row.completions[0] for row in rows]

@@ -13,7 +13,7 @@ from textgym.prompts import PromptText
 from textgym.rewards.dense import Segmentation
 from textgym.rewards.episodes import EpisodeBatch
 from textgym.rewards.segmenters import Segmenter
-from textgym.tokenizers import decode
+from textgym.tokenizers import decode_completions
 
 
 def segment_pieces(
@@ -35,7 +35,8 @@ def segment_pieces(
         S pieces, and (S, C) bool: no span of output c's category touches segment s.
     """
     ids, offsets, begin = _tokens(model, prompt, completion)
-    batch = EpisodeBatch([prompt], [ids[begin : begin + len(offsets)]], decode=partial(decode, model.tokenizer))
+    completion_ids = [ids[begin : begin + len(offsets)]]
+    batch = EpisodeBatch([prompt], completion_ids, prompt_ids=[ids[:begin]], decode=partial(decode_completions, model.tokenizer))
     ends = [segment.end for segment in Segmentation(segmenter).all_segments(batch, [True])[0]]
     starts = [0, *ends[:-1]]
     pieces = [Piece(ids, begin + (start if model.per_token else end - 1), begin + end) for start, end in zip(starts, ends, strict=True)]
@@ -55,8 +56,11 @@ def _tokens(model: RewardModel, prompt: PromptText, completion: str) -> tuple[li
     if model.per_token:
         piece = model.encode([prompt], [completion])[0]
         own = model.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = [tuple(pair) for pair in own["offset_mapping"]]
-        count = piece.end - piece.start  # an EOS behind the text stands for no character
+        count, ids = piece.end - piece.start, own["input_ids"]  # an EOS behind the text stands for no character
+        here = piece.ids[piece.start :]
+        # A text on its own may begin with a space of the tokenizer's, which a completion behind its prompt has not (SentencePiece).
+        spaced = here[: len(ids)] != ids and here[: len(ids) - 1] == ids[1:]
+        offsets = [tuple(pair) for pair in own["offset_mapping"]][spaced:]
         return piece.ids, [*offsets, *[(len(completion),) * 2] * (count - len(offsets))][:count], piece.start
     text, special = model.reader.text(prompt, completion)
     encoded = model.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)

@@ -96,8 +96,8 @@ class WinRateEvaluation(Evaluation):
         everything = PromptRows(prompt_set.texts, prompt_set.columns)
         rows = everything.select([episode % len(everything) for episode in range(episodes)])
         texts = rows.columns[column]
-        ids = text_ids(policy, rows, texts, f"{column!r} of prompt {{}}")
-        totals, parts = score(attribute(self.env, "reward_set"), rows, ids, policy.decode_texts)
+        prompt_ids, ids = text_ids(policy, rows, texts, f"{column!r} of prompt {{}}")
+        totals, parts = score(attribute(self.env, "reward_set"), rows, prompt_ids, ids, policy.decode_texts)
         if isinstance(self.judge, str):
             return _Texts(texts, self._part(parts.__getitem__, list(parts)))
         return _Texts(texts, totals.astype(np.float32).astype(np.float64))  # as an environment pays: equal texts tie

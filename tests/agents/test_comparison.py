@@ -87,10 +87,10 @@ def test_several_completions_per_prompt_are_compared_with_the_one_text(task):
     )
     rate = report.win_rates["judge"]
     assert rate.wins + rate.ties + rate.losses == 24 and len(judged) == 48
-    assert all("w0 w1" in pair for pair in judged for pair in [pair[1:]])
+    assert all(" w0 w1" in pair for pair in judged for pair in [pair[1:]])
     reward = report.win_rates["reward"]
     assert reward.wins + reward.ties + reward.losses == 24
-    assert len(report.samples) == 24 and {sample["B"]["completion"] for sample in report.samples} == {"w0 w1"}
+    assert len(report.samples) == 24 and {sample["B"]["completion"] for sample in report.samples} == {" w0 w1"}
 
 
 def test_the_policy_alone(task):

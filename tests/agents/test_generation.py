@@ -223,7 +223,7 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_one(policy):
     ):
         assert ids == whole[: len(ids)]
         assert any(stop in text for stop in stops) == (reason == "stop")
-        assert not any(stop in policy.decode_texts([ids[:-1]])[0] for stop in stops)
+        assert not any(stop in policy.decode_texts([()], [ids[:-1]])[0] for stop in stops)
     one = policy.generate(PROMPTS, 40, seed=0, num_generations=8, stop_strings=stops[1])
     assert one.finish_reasons.count("stop") > 0
 

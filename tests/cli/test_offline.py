@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from textgym.cli import default_data
 from textgym.cli.offline_workplace import prompt_of
 from textgym.cli.run_folder import read_json_lines
+from textgym.tokenizers import decode
 
 DEVICE = os.environ.get("TEXTGYM_TEST_DEVICE", "cpu")
 QUICK = ["--device", DEVICE, "--max-new-tokens", "8", "--total-timesteps", "400"]
@@ -94,9 +95,9 @@ def test_the_bundled_preferences_are_labelled_by_the_bundled_reward() -> None:
     pairs = default_data.preferences(policy, 0, 16)
     assert len(pairs) == 2000
     assert pairs == default_data.preferences(policy, 0, 16) != default_data.preferences(policy, 1, 16)
-    prompts = policy.decode_texts([row["prompt_ids"] for row in pairs])
+    prompts = decode(policy.tokenizer, [row["prompt_ids"] for row in pairs])
     reward = resolve_reward("film-review")[1]
-    chosen, rejected = (policy.decode_texts([row[side] for row in pairs]) for side in ("chosen_ids", "rejected_ids"))
+    chosen, rejected = (decode(policy.tokenizer, [row[side] for row in pairs]) for side in ("chosen_ids", "rejected_ids"))
     margins = np.subtract(*(reward(prompts=prompts, completions=texts) for texts in (chosen, rejected)))
     # Bradley-Terry: a margin of size m is on the right side with probability σ(m)
     expected = (1 / (1 + np.exp(-np.abs(margins)))).mean()

@@ -128,10 +128,17 @@ class Model:
         for row in range(len(self.rows)):
             self.check_observation(row, observations["input_ids"][row], observations["attention_mask"][row])
 
+    def text(self, row: Row) -> str:
+        """The completion's text: that of the whole without that of the prompt."""
+        prompt = self.configuration.prompts[row.prompt]
+        before, whole = (self.envs.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + row.tokens))
+        assert whole.startswith(before)
+        return whole[len(before) :]
+
     def expected_reward(self, row: Row, ended: bool) -> tuple[float, dict[str, float]]:
         """The reward of the last token, and at the end the named parts."""
         reward, parts = 0.0, {}
-        text = self.envs.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        text = self.text(row)
         for name, weight in zip(self.configuration.rewards, self.configuration.weights, strict=True):
             if name == "dense":
                 reward += weight * row.tokens[-1] / 4
@@ -173,7 +180,7 @@ class Model:
             return
         assert infos["completion_ids"][i] == row.tokens
         assert infos["prompt"][i] == " ".join(f"w{token}" for token in self.configuration.prompts[row.prompt])
-        assert infos["completion"][i] == self.envs.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        assert infos["completion"][i] == self.text(row)
         assert infos["finish_reason"][i] == ("eos" if row.tokens[-1] in self.configuration.ends else "length")
         rewards = infos["rewards"]
         assert {name for name in self.configuration.rewards if name in rewards and rewards[f"_{name}"][i]} == parts.keys()

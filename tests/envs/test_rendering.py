@@ -25,9 +25,9 @@ def test_ansi(kwargs: dict[str, Any]) -> None:
     env.reset(options={"prompt_index": 0})
     assert env.render() == " prompt | w2 w3\n   text > \n        = 0/4 tokens"
     env.step(5)
-    assert env.render() == " prompt | w2 w3\n   text > w5\n        = 1/4 tokens"
+    assert env.render() == " prompt | w2 w3\n   text >  w5\n        = 1/4 tokens"
     env.step(END)
-    assert env.render() == " prompt | w2 w3\n   text > w5\n        = 2/4 tokens, ended by eos, reward 1.5 = 3 x 0.5 constant"
+    assert env.render() == " prompt | w2 w3\n   text >  w5\n        = 2/4 tokens, ended by eos, reward 1.5 = 3 x 0.5 constant"
 
 
 def test_ansi_of_rows(kwargs: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def test_ansi_of_rows(kwargs: dict[str, Any]) -> None:
     envs.step([END, 6])
     assert envs.render() == (
         " prompt | w2 w3\n   text > \n        = 1/4 tokens, ended by eos, reward 1.5 = 3 x 0.5 constant",
-        " prompt | w4\n   text > w6\n        = 1/4 tokens",
+        " prompt | w4\n   text >  w6\n        = 1/4 tokens",
     )
 
 
@@ -69,7 +69,7 @@ def test_human_types_the_text_as_it_grows(kwargs: dict[str, Any], capsys: Any) -
     env.reset(options={"prompt_index": 0})
     assert capsys.readouterr().out == " prompt | w2 w3\n   text > "
     env.step(5)
-    assert capsys.readouterr().out == "w5"
+    assert capsys.readouterr().out == " w5"
     env.step(6)
     assert capsys.readouterr().out == " w6"
     assert env.render() is None
@@ -103,9 +103,9 @@ def test_human_types_anew_what_a_decoder_changes(capsys: Any) -> None:
     env = gym.make("TextGen-v0", prompts=["a"], tokenizer=tokenizer, reward=constant, render_mode="human", max_new_tokens=4)
     env.reset()
     env.step(2)
-    assert capsys.readouterr().out.endswith("text > a")
+    assert capsys.readouterr().out.endswith("text >  a")
     env.step(3)
-    assert capsys.readouterr().out == "\n   text > c"
+    assert capsys.readouterr().out == "\n   text >  c"
 
 
 def test_human_prints_rows_when_they_end(kwargs: dict[str, Any], capsys: Any) -> None:
@@ -115,5 +115,5 @@ def test_human_prints_rows_when_they_end(kwargs: dict[str, Any], capsys: Any) ->
     envs.step([5, 5])
     assert capsys.readouterr().out == ""
     envs.step([5, END])
-    frame = " prompt | w4\n   text > w5\n        = 2/4 tokens, ended by eos, reward 1.5 = 3 x 0.5 constant\n"
+    frame = " prompt | w4\n   text >  w5\n        = 2/4 tokens, ended by eos, reward 1.5 = 3 x 0.5 constant\n"
     assert capsys.readouterr().out == "[1]\n" + frame

@@ -155,9 +155,9 @@ def test_messages(vectorization: str, word_tokenizer: Any) -> None:
     assert observation.reshape(-1)[:3].tolist() == [2, 3, 9]
     info = env.step(5 if vectorization == "single" else [5] * 4)[4]
     info = env.step(END if vectorization == "single" else [END] * 4)[4]
-    assert seen[0][1][0] == [{"role": "assistant", "content": "w5"}]
+    assert seen[0][1][0] == [{"role": "assistant", "content": " w5"}]  # behind the words of the chat template
     prompt, completion = (info["prompt"], info["completion"]) if vectorization == "single" else (info["prompt"][0], info["completion"][0])
-    assert completion == "w5"
+    assert completion == " w5"
     assert prompt[:2] == messages
     assert env.unwrapped.prompt_set.texts == [messages]
 

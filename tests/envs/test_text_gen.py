@@ -93,12 +93,12 @@ def test_one_episode(env: Any) -> None:
     assert (terminated, truncated) == (True, False)
     assert info == {
         "prompt": "w5",
-        "completion": "w7",
+        "completion": " w7",
         "completion_ids": [7, END],
         "finish_reason": "eos",
-        "rewards": {"count_reward": pytest.approx(2.08)},
+        "rewards": {"count_reward": pytest.approx(3.08)},
     }
-    assert reward == pytest.approx(2.08)
+    assert reward == pytest.approx(3.08)
     assert [type(value) for value in (reward, terminated, truncated)] == [float, bool, bool]
 
 

@@ -1,6 +1,6 @@
 """A tokenizer of one character per token and batches made with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -9,7 +9,7 @@ from textgym.rewards import EpisodeBatch
 EOS = 1
 
 
-def decode_characters(rows: list[list[int]]) -> list[str]:
+def decode_characters(prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[str]:
     """Ids are code points; 0 and 1 (padding, EOS) are special and leave no text."""
     return ["".join(chr(i) for i in ids if i > 1) for ids in rows]
 

@@ -53,7 +53,7 @@ def test_texts_are_decoded_once_and_only_when_asked_for(make_batch):
 
     batch = make_batch("a", "b")
     decode = batch.decode
-    batch.decode = lambda rows: decoded.append(len(rows)) or decode(rows)
+    batch.decode = lambda prompts, rows: decoded.append(len(rows)) or decode(prompts, rows)
     RewardSet.build([ids_only, ids_only]).terminal(batch)
     assert decoded == []
     RewardSet.build([by_text, by_text]).terminal(batch)

@@ -173,4 +173,4 @@ def test_batches_check_their_columns(make_batch):
     with pytest.raises(ValueError, match="a column 'completions', a name that rewards use for something else"):
         make_batch("a", completions=["x"])
     with pytest.raises(ValueError, match="2 completions, 1 prompts"):
-        EpisodeBatch(["p"], [[1], [2]], decode=lambda rows: [""] * len(rows))
+        EpisodeBatch(["p"], [[1], [2]], decode=lambda prompts, rows: [""] * len(rows))

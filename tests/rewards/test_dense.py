@@ -17,11 +17,11 @@ from textgym.rewards.segmenters import SEGMENTERS, sentence
 EOS = 1
 
 
-def decode_characters(rows):
+def decode_characters(prompts, rows):
     return ["".join(chr(i) for i in ids if i > 1) for ids in rows]
 
 
-def decode_bytes(rows):
+def decode_bytes(prompts, rows):
     """A byte-level tokenizer: half a character decodes to a replacement mark that later disappears again."""
     return [bytes(i for i in ids if i > 1).decode("utf-8", errors="replace") for ids in rows]
 
@@ -223,9 +223,9 @@ def test_a_prefix_that_was_not_stepped_to_is_walked_from_its_beginning(make_batc
 def test_stepping_decodes_each_prefix_once(make_batch):
     decoded = []
 
-    def counting(rows):
+    def counting(prompts, rows):
         decoded.extend(rows)
-        return decode_characters(rows)
+        return decode_characters(prompts, rows)
 
     segmentation = Segmentation(sentence)
     ids = [ord(c) for c in "One. Two. Three."]
@@ -238,9 +238,9 @@ def test_more_rows_than_are_remembered_by_default(monkeypatch):
     monkeypatch.setattr("textgym.rewards.dense._REMEMBERED_PREFIXES", 2)
     decoded = []
 
-    def counting(rows):
+    def counting(prompts, rows):
         decoded.extend(rows)
-        return decode_characters(rows)
+        return decode_characters(prompts, rows)
 
     segmentation = Segmentation(sentence)
     rows = [[ord(c) for c in f"{letter}ne. Two."] for letter in "abcdefgh"]
@@ -251,8 +251,8 @@ def test_more_rows_than_are_remembered_by_default(monkeypatch):
 
 
 def test_another_tokenizer_forgets_what_the_first_one_read():
-    def upper(rows):  # the same ids read differently: no sentence ends here
-        return [text.replace(".", "x") for text in decode_characters(rows)]
+    def upper(prompts, rows):  # the same ids read differently: no sentence ends here
+        return [text.replace(".", "x") for text in decode_characters(prompts, rows)]
 
     segmentation = Segmentation(sentence)
     head, ids = [ord(c) for c in "a.b"], [ord(c) for c in "a.b!"]
@@ -264,9 +264,9 @@ def test_another_tokenizer_forgets_what_the_first_one_read():
 def test_environments_that_share_a_tokenizer_share_what_is_remembered():
     decoded = []
 
-    def counting(tokenizer, rows):
+    def counting(tokenizer, prompts, rows):
         decoded.extend(rows)
-        return decode_characters(rows)
+        return decode_characters(prompts, rows)
 
     tokenizer, segmentation = object(), Segmentation(sentence)
     ids = [ord(c) for c in "One. Two. Three."]

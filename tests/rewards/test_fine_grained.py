@@ -141,7 +141,7 @@ def test_a_missing_column_is_named():
     def graded(completions, answer):
         return [0.0] * len(completions)
 
-    batch = EpisodeBatch(["p"], [[97]], {}, decode=lambda rows: ["a"] * len(rows))
+    batch = EpisodeBatch(["p"], [[97]], {}, decode=lambda prompts, rows: ["a"] * len(rows))
     with pytest.raises(RewardError, match="reward `graded` asks for `answer`"):
         paid(FineGrainedReward([Objective(graded, "sentence", sees="segment")]), batch)
 

@@ -190,7 +190,7 @@ def per_sentence(segments):
     return [1.0] * len(segments)
 
 rewards = RewardSet.build([lambda completions: [1.0], later, per_sentence, "film-review-true"])
-batch = EpisodeBatch(["A"], [[1, 2]], decode=lambda rows: ["film."] * len(rows))
+batch = EpisodeBatch(["A"], [[1, 2]], decode=lambda prompts, rows: ["film."] * len(rows))
 rewards.terminal(batch)
 rewards.dense_sequence(batch, np.array([True]))
 RewardSet.build("film-review")

@@ -153,5 +153,5 @@ def _text(value: Any) -> str:
 
 
 def _join(prompt: str, completion: str) -> str:
-    # A tokenizer that is not the bundled one may decode a completion without its leading space.
+    # A text that was written on its own may lack its leading space.
     return f"{prompt.rstrip()} {completion.lstrip()}"

@@ -28,12 +28,7 @@ def check_causal(reward: Any, batch: EpisodeBatch, *, tolerance: float = 1e-6) -
     _, whole = rewards.dense_sequence(batch, np.ones(len(batch), dtype=bool))
     rows = [row for row, ids in enumerate(batch.completion_ids) for _ in ids]
     lengths = [t for ids in batch.completion_ids for t in range(1, len(ids) + 1)]
-    prefixes = EpisodeBatch(
-        [batch.prompts[row] for row in rows],
-        [batch.completion_ids[row][:t] for row, t in zip(rows, lengths, strict=True)],
-        {name: [values[row] for row in rows] for name, values in batch.columns.items()},
-        decode=batch.decode,
-    )
+    prefixes = batch.select(rows, [batch.completion_ids[row][:t] for row, t in zip(rows, lengths, strict=True)])
     finished = np.array([t == len(batch.completion_ids[row]) for row, t in zip(rows, lengths, strict=True)], dtype=bool)
     _, stepped = rewards.dense_step(prefixes, finished)
     for name, paid in stepped.items():

@@ -327,8 +327,7 @@ def _closed(part: _Part, batch: EpisodeBatch, ends: list[bool], last_only: bool)
     assert segmentation is not None and isinstance(part.kind, SegmentLevel)
     if part.kind.at_end:
         over = [row for row, end in enumerate(ends) if end]
-        whole = EpisodeBatch([batch.prompts[row] for row in over], [batch.completion_ids[row] for row in over], decode=batch.decode)
-        listed = zip(over, segmentation.all_segments(whole, [True] * len(over)), strict=True)
+        listed = zip(over, segmentation.all_segments(batch.select(over), [True] * len(over)), strict=True)
         found = [(row, segment) for row, segments in listed for segment in segments]
     elif last_only:
         found = [(row, segment) for row, segment in enumerate(segmentation.last_segments(batch, ends)) if segment is not None]

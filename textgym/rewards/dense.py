@@ -10,14 +10,16 @@ reward is the case in which every token is a segment.
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from textgym.rewards.episodes import Decode, EpisodeBatch, as_completion
+from textgym.rewards.episodes import EpisodeBatch, as_completion
 from textgym.rewards.segmenters import Segmenter, find_segmenter
+from textgym.tokenizers import Decode, common_length
 
 F = TypeVar("F", bound=Callable[..., Any])
+_Key: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # the ids of (the end of) a prompt, and of a prefix of its completion
 _MARK = "__textgym_dense__"
 _REMEMBERED_PREFIXES = 2048  # at least; and twice the rows of the largest batch
 
@@ -134,7 +136,7 @@ class Segmentation:
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter = segmenter
-        self._open: OrderedDict[tuple[int, ...], _Open] = OrderedDict()
+        self._open: OrderedDict[_Key, _Open] = OrderedDict()
         self._decode: Decode | None = None
         self._capacity = _REMEMBERED_PREFIXES
 
@@ -153,13 +155,13 @@ class Segmentation:
         self._capacity = max(self._capacity, 2 * len(batch))
         before = self._open_before_last(batch)
         return [
-            self._close(ids, text, opened, end)
-            for ids, text, opened, end in zip(batch.completion_ids, batch.texts, before, finished, strict=True)
+            self._close(prompt, ids, text, opened, end)
+            for prompt, ids, text, opened, end in zip(batch.prompt_ids, batch.completion_ids, batch.texts, before, finished, strict=True)
         ]
 
     def all_segments(self, batch: EpisodeBatch, finished: list[bool]) -> list[list[Segment]]:
         """Returns, per row, every segment of a whole completion, in order."""
-        texts = iter(_prefix_texts(batch.completion_ids, batch.decode))
+        texts = iter(_prefix_texts(batch))
         result = []
         for ids, end in zip(batch.completion_ids, finished, strict=True):
             opened, segments = _Open(0, "", 0), []
@@ -172,30 +174,32 @@ class Segmentation:
             result.append(segments)
         return result
 
-    def _close(self, ids: list[int], text: str, opened: _Open, finished: bool) -> Segment | None:
+    def _close(self, prompt: Sequence[int], ids: list[int], text: str, opened: _Open, finished: bool) -> Segment | None:
         segment = self._ask(ids, len(ids), text, opened, finished)
         if not finished:
-            self._remember(tuple(ids), _Open(segment.end, text, segment.index + 1) if segment else opened)
+            self._remember((tuple(prompt), tuple(ids)), _Open(segment.end, text, segment.index + 1) if segment else opened)
         return segment
 
     def _ask(self, ids: list[int], t: int, text: str, opened: _Open, finished: bool) -> Segment | None:
         # The text of a longer prefix need not begin with that of a shorter one (half a character decodes to a replacement mark).
-        new_text = text[_common_length(text, opened.text_before) :]
+        new_text = text[common_length(text, opened.text_before) :]
         closes = self.segmenter(new_text, ids[opened.start : t]) or (finished and (opened.start == 0 or bool(new_text.strip())))
         return Segment(opened.start, t, new_text, text, opened.index) if closes else None
 
-    def _remember(self, ids: tuple[int, ...], opened: _Open) -> None:
-        self._open[ids] = opened
+    def _remember(self, key: _Key, opened: _Open) -> None:
+        self._open[key] = opened
         if len(self._open) > self._capacity:
             self._open.popitem(last=False)
 
     def _open_before_last(self, batch: EpisodeBatch) -> list[_Open]:
-        known = [self._open.get(tuple(ids[:-1])) if len(ids) > 1 else _Open(0, "", 0) for ids in batch.completion_ids]
+        known = [
+            self._open.get((tuple(prompt), tuple(ids[:-1]))) if len(ids) > 1 else _Open(0, "", 0)
+            for prompt, ids in zip(batch.prompt_ids, batch.completion_ids, strict=True)
+        ]
         unknown = [row for row, opened in enumerate(known) if opened is None]
         if unknown:
-            heads = [batch.completion_ids[row][:-1] for row in unknown]
-            head_batch = EpisodeBatch([batch.prompts[row] for row in unknown], heads, decode=batch.decode)
-            for row, segments in zip(unknown, self.all_segments(head_batch, [False] * len(heads)), strict=True):
+            heads = batch.select(unknown, [batch.completion_ids[row][:-1] for row in unknown])
+            for row, segments in zip(unknown, self.all_segments(heads, [False] * len(heads)), strict=True):
                 last = segments[-1] if segments else None
                 known[row] = _Open(last.end, last.prefix, last.index + 1) if last else _Open(0, "", 0)
         return [opened for opened in known if opened is not None]
@@ -209,17 +213,11 @@ def _same_decode(a: Decode | None, b: Decode | None) -> bool:
     return a == b
 
 
-def _common_length(a: str, b: str) -> int:
-    """Returns how many characters the two texts have in common at their beginning."""
-    if a.startswith(b):
-        return len(b)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _prefix_texts(completion_ids: list[list[int]], decode: Decode) -> list[str]:
+def _prefix_texts(batch: EpisodeBatch) -> list[str]:
     """Returns the texts of the prefixes of length 1, 2, ... of the first row, then of the second, and so on."""
-    prefixes = [ids[:t] for ids in completion_ids for t in range(1, len(ids) + 1)]
-    return list(decode(prefixes)) if prefixes else []
+    prefixes = [ids[:t] for ids in batch.completion_ids for t in range(1, len(ids) + 1)]
+    prompts = [prompt for prompt, ids in zip(batch.prompt_ids, batch.completion_ids, strict=True) for _ in ids]
+    return list(batch.decode(prompts, prefixes)) if prefixes else []
 
 
 def segment_batch(batch: EpisodeBatch, rows: list[int], segments: list[Segment]) -> tuple[EpisodeBatch, dict[str, list[Any]]]:
@@ -228,12 +226,7 @@ def segment_batch(batch: EpisodeBatch, rows: list[int], segments: list[Segment])
     Returns:
         a batch with one row per segment, its texts given, and the further arguments `segments`, `segment_ids` and `segment_index`.
     """
-    view = EpisodeBatch(
-        [batch.prompts[row] for row in rows],
-        [batch.completion_ids[row][: segment.end] for row, segment in zip(rows, segments, strict=True)],
-        {name: [values[row] for row in rows] for name, values in batch.columns.items()},
-        decode=batch.decode,
-    )
+    view = batch.select(rows, [batch.completion_ids[row][: segment.end] for row, segment in zip(rows, segments, strict=True)])
     view.texts = [segment.prefix for segment in segments]  # known already; fills the cached property
     view.completions = [as_completion(prompt, text) for prompt, text in zip(view.prompts, view.texts, strict=True)]
     return view, {

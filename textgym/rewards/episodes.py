@@ -1,15 +1,14 @@
 """What a reward sees: a batch of completions with their prompts and the columns of the prompt data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
-from textgym.tokenizers import decode
+from textgym.tokenizers import Decode, decode_completions
 
 Messages: TypeAlias = list[dict[str, Any]]
 Prompt: TypeAlias = str | Messages
-Decode: TypeAlias = Callable[[list[list[int]]], list[str]]
 
 RESERVED_COLUMNS = frozenset(
     {"prompts", "completions", "completion_ids", "segments", "segment_ids", "segment_index", "trainer_state", "log_extra", "log_metric"}
@@ -24,19 +23,26 @@ class EpisodeBatch:
         prompts: N prompts, each a string or a list of `{role, content}` messages.
         completion_ids: N lists of token ids, without filler tokens, with the EOS that ended the completion.
         columns: every other column of the prompt data, N values each.
-        decode: turns N id lists into N texts without special tokens. Called once, when a text is first asked for.
+        prompt_ids: the ids that the completions go on from, or only their ends (`textgym.tokenizers.prompt_ends`), N sequences. Default:
+            none, as of texts that were tokenised on their own.
+        decode: turns N prompts' and N completions' ids into the N texts of the completions, without special tokens
+            (`textgym.tokenizers.decode_completions`). Called once, when a text is first asked for.
     """
 
     prompts: Sequence[Prompt]
     completion_ids: list[list[int]]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    prompt_ids: Sequence[Sequence[int]] = field(default=(), kw_only=True)
     decode: Decode = field(kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks that all columns have one value per completion."""
         n = len(self.completion_ids)
+        self.prompt_ids = self.prompt_ids or [()] * n
         if len(self.prompts) != n:
             raise ValueError(f"`prompts` must hold one prompt per completion: {n} completions, {len(self.prompts)} prompts.")
+        if len(self.prompt_ids) != n:
+            raise ValueError(f"`prompt_ids` must hold one sequence per completion: {n} completions, {len(self.prompt_ids)} sequences.")
         for name, values in self.columns.items():
             if name in RESERVED_COLUMNS:
                 raise ValueError(f"the prompt data has a column {name!r}, a name that rewards use for something else; rename the column.")
@@ -49,21 +55,37 @@ class EpisodeBatch:
 
         Args:
             prompts: N prompts.
-            completions: N texts; the ids are those of `tokenizer`, without special tokens, and EOS is not appended.
+            completions: N texts, which stay as they are; the ids are those of `tokenizer`, without special tokens, and EOS is not
+                appended.
             tokenizer: a transformers tokenizer.
             columns: further columns, N values each.
         """
         ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in completions]
-        return cls(prompts, ids, columns, decode=partial(decode, tokenizer))
+        return cls(prompts, ids, columns, decode=partial(decode_completions, tokenizer))
 
     def __len__(self) -> int:
         """Returns N."""
         return len(self.completion_ids)
 
+    def select(self, rows: Sequence[int], completion_ids: list[list[int]] | None = None) -> "EpisodeBatch":
+        """Returns the batch of some rows, in that order; a row may come several times.
+
+        Args:
+            rows: K row numbers.
+            completion_ids: K other completions of theirs, prefixes for instance. None: their own.
+        """
+        return EpisodeBatch(
+            [self.prompts[row] for row in rows],
+            [self.completion_ids[row] for row in rows] if completion_ids is None else completion_ids,
+            {name: [values[row] for row in rows] for name, values in self.columns.items()},
+            prompt_ids=[self.prompt_ids[row] for row in rows],
+            decode=self.decode,
+        )
+
     @cached_property
     def texts(self) -> list[str]:
-        """The N completions as plain strings, without special tokens."""
-        return list(self.decode(self.completion_ids)) if self.completion_ids else []
+        """The N completions as plain strings, without special tokens, as they read behind their prompts."""
+        return list(self.decode(self.prompt_ids, self.completion_ids)) if self.completion_ids else []
 
     @cached_property
     def completions(self) -> list[Prompt]:

@@ -58,4 +58,4 @@ def score_texts(
     ids = _NoIds(len(texts)) if completion_ids is None else [list(one) for one in completion_ids]
     if len(ids) != len(texts):
         raise ValueError(f"`completion_ids` must hold one list per completion: {len(texts)} completions, {len(ids)} lists.")
-    return np.asarray(rewards.terminal(EpisodeBatch(prompts, ids, columns, decode=lambda _: texts))[0])
+    return np.asarray(rewards.terminal(EpisodeBatch(prompts, ids, columns, decode=lambda *_: texts))[0])
