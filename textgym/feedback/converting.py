@@ -248,7 +248,7 @@ def _faults(marking: Marking, categories: Collection[str] | None) -> list[tuple[
 def _segments(pieces: Sequence[str], segmenter: Segmenter) -> list[tuple[int, int]]:
     """Returns where each segment starts and ends, in characters; white space at the end belongs to the last."""
     numbers = list(range(len(pieces)))
-    batch = EpisodeBatch([""], [numbers], decode=lambda rows: ["".join(pieces[number] for number in row) for row in rows])
+    batch = EpisodeBatch([""], [numbers], decode=lambda _, rows: ["".join(pieces[number] for number in row) for row in rows])
     segments = Segmentation(segmenter).all_segments(batch, [True])[0]
     ends = [*(len(one.prefix) for one in segments[:-1]), sum(map(len, pieces))]
     return list(pairwise([0, *ends]))
