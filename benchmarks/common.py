@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -128,3 +130,47 @@ def interval(values: list[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, float("nan")
     return mean, float(STUDENT_T[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def again(*arguments: str) -> dict[str, Any] | None:
+    """Runs this script once more with further arguments, in a process of its own; returns the JSON of its last line.
+
+    Returns None if it was killed, as the system does with a process that asks for more memory than there is.
+    """
+    # `-P` is not handed down by itself.
+    done = subprocess.run([sys.executable, *(["-P"] if sys.flags.safe_path else []), *sys.argv, *arguments], stdout=subprocess.PIPE)
+    if done.returncode < 0:
+        return None
+    done.check_returncode()
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def reset_peak(device: torch.device | str) -> float:
+    """Starts a new peak of memory; returns what is held now, in bytes.
+
+    On the CPU that is the resident memory of this process, as Linux tells it; on an accelerator what torch has allocated there.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return float(torch.accelerator.memory_allocated(device))
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _of_proc("self/status", "VmRSS")
+
+
+def peak(device: torch.device | str) -> float:
+    """Returns the most memory held since `reset_peak`, in bytes."""
+    device = torch.device(device)
+    return float(torch.accelerator.max_memory_allocated(device)) if device.type != "cpu" else _of_proc("self/status", "VmHWM")
+
+
+def free_memory(device: torch.device | str) -> float:
+    """Returns what is still to be had, in bytes."""
+    device = torch.device(device)
+    return float(torch.accelerator.get_memory_info(device)[0]) if device.type != "cpu" else _of_proc("meminfo", "MemAvailable")
+
+
+def _of_proc(file: str, field: str) -> float:
+    lines = Path("/proc", file).read_text(encoding="utf-8").splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

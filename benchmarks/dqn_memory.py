@@ -11,9 +11,7 @@ sequence beyond its ids.
 
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import common
@@ -60,9 +58,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         for _ in range(REPLAY // SEQUENCES + 1):
             agent.replay.add(rollout, rollout.rewards)
     agent.train(rollout)
-    before = reset_peak(options.device)
+    before = common.reset_peak(options.device)
     agent.train(rollout)
-    result = {"before": before, "peak": peak(options.device)}
+    result = {"before": before, "peak": common.peak(options.device)}
     if agent_class is DQN:
         ids = sum(agent.replay.tensors()[column].nbytes for column in ("prompt_ids", "completion_ids"))
         result |= {
@@ -73,24 +71,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-def reset_peak(device: str) -> float:
-    """Starts a new peak; returns what is held now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def peak(device: str) -> float:
-    return float(torch.cuda.max_memory_allocated()) if device == "cuda" else resident("VmHWM")
-
-
-def resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def main() -> int:
     options = parser().parse_args()
     if options.agent:
@@ -99,11 +79,10 @@ def main() -> int:
     results = {}
     print(f"{'agent':22}{'before':>10}{'peak':>10}{'update':>10}{'peak/PPO':>10}{'update/PPO':>12}{'bytes a row beyond ids':>26}   (MB)")
     for name in AGENTS:
-        done = subprocess.run(
-            [sys.executable, *([] if not sys.flags.safe_path else ["-P"]), *sys.argv, "--agent", name], stdout=subprocess.PIPE
-        )
-        done.check_returncode()
-        result = results[name] = json.loads(done.stdout.splitlines()[-1])
+        result = common.again("--agent", name)
+        if result is None:
+            raise SystemExit(f"{name} was killed: there is too little memory for it here.")
+        results[name] = result
         result["update"] = result["peak"] - result["before"]
         result["peak_ratio"], result["update_ratio"] = (result[k] / results["ppo"][k] for k in ("peak", "update"))
         row = "".join(f"{result[key] / 1e6:10.1f}" for key in ("before", "peak", "update"))
