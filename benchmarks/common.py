@@ -14,11 +14,9 @@ import importlib.metadata
 import json
 import multiprocessing
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,24 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from textgym.cli.timing import alternate, per_second
+
+__all__ = [
+    "again",
+    "alternate",
+    "each_in",
+    "free_memory",
+    "interval",
+    "machine",
+    "parser",
+    "peak",
+    "per_second",
+    "processor",
+    "reset_peak",
+    "setting",
+    "write",
+]
 
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the 97.5 % quantile for 1, 2, ... degrees of freedom
 
@@ -77,39 +93,6 @@ def machine(jobs: int, *more: str) -> str:
 def processor() -> str:
     """Returns the processor's name, as far as the system tells."""
     return platform.processor() or platform.machine()
-
-
-def alternate(candidates: Mapping[str, Callable[[], float]], repeats: int, once: Collection[str] = ()) -> dict[str, float]:
-    """Returns the median of what each candidate measures, see `per_second`, over some rounds; a first one, which warms up, does not count.
-
-    They take turns, so that a slow moment hits all of them. Those of `once` are so slow that one measured round is enough.
-    """
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(repeats + 1):
-        for name, measure in candidates.items():
-            if name in once and repeat > 1:
-                continue
-            value = measure()
-            if repeat:
-                found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def per_second(work: Callable[[], float | None], device: torch.device | str = "cpu") -> Callable[[], float]:
-    """Returns a function that does some work and returns how much of it was done per second: what `work` returns, or 1 for a call of it.
-
-    On an accelerator the clock stops when all that was asked of the device is done.
-    """
-    device = torch.device(device)
-
-    def measure() -> float:
-        start = time.perf_counter()
-        amount = work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return (1.0 if amount is None else amount) / (time.perf_counter() - start)
-
-    return measure
 
 
 @contextmanager

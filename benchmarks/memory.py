@@ -126,9 +126,7 @@ def compare_rollouts() -> dict[str, float]:
     policy = Shape(512, 64, 1).policy(PROMPT_TOKENS + NEW_TOKENS, "cpu")
     prompts = [" ".join(f"w{FIRST_WORD + (i + j) % 500}" for j in range(PROMPT_TOKENS)) for i in range(COMPLETIONS)]
     sizes = {"max_prompt_tokens": PROMPT_TOKENS, "max_new_tokens": NEW_TOKENS}
-    envs = gym.make_vec(
-        "TextGen-v0", num_envs=COMPLETIONS, prompts=prompts, tokenizer=policy.tokenizer, reward=lengths_of_texts, **sizes
-    )
+    envs = gym.make_vec("TextGen-v0", num_envs=COMPLETIONS, prompts=prompts, tokenizer=policy.tokenizer, reward=lengths_of_texts, **sizes)
     keep = KeepRollout()
     PPO(policy, envs, seed=0).learn(1, callback=keep)
     ours = sum(value.nbytes for f in fields(keep.rollout) if isinstance(value := getattr(keep.rollout, f.name), Tensor))
@@ -136,8 +134,10 @@ def compare_rollouts() -> dict[str, float]:
     arrays = [*vars(buffer).values(), *buffer.observations.values()]
     theirs = sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
     infos = deep_size(keep.rollout.infos, set())
-    print(f"\na completion of {NEW_TOKENS} tokens behind {PROMPT_TOKENS}, stored: textgym {ours / COMPLETIONS:,.0f} bytes in arrays, ", end="")
-    print(f"SB3 {theirs / COMPLETIONS:,.0f}, ratio {ours / theirs:.4f}; final infos besides: {infos / COMPLETIONS:,.0f} bytes")
+    each = {"textgym": ours, "SB3": theirs, "final infos besides": infos}
+    print(f"\nbytes of a stored completion of {NEW_TOKENS} tokens behind {PROMPT_TOKENS}; ratio {ours / theirs:.4f}")
+    for name, total in each.items():
+        print(f"    {name:<22}{total / COMPLETIONS:>10,.0f}")
     return {"completions": COMPLETIONS, "textgym": ours, "sb3": theirs, "ratio": ours / theirs, "infos": infos}
 
 

@@ -7,9 +7,9 @@ tokens (4 of each), KL shaping, critic head, one epoch in one step, a plain Pyth
 `textgym train` writes it.
 
 Functions and methods of the package are wrapped from outside while some iterations run, each span's time without that of the spans inside
-it; on an accelerator it waits for the device at both ends of a span. Iterations without the wrappers take turns with the wrapped ones; their
-times stand below the table. A floor is the matrix products at the rate of this machine's large products, or the bytes to read at the rate
-of its copies, whichever takes longer; beside it the time that products of these very sizes take here when nothing else is done.
+it; on an accelerator it waits for the device at both ends of a span. Iterations without the wrappers take turns with the wrapped ones;
+their time stands below the table. A floor is the matrix products at the rate of this machine's large products, or the bytes to read at
+the rate of its copies, whichever takes longer; beside it the time that products of these very sizes take here when nothing else is done.
 
 The exit status says whether environment, rewards, bookkeeping and logging together are under 5 % of an iteration.
 """

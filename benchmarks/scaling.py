@@ -93,9 +93,13 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.plot(values, [row["floor"] for row in rows], "--", color="C7", label="floor: products, weights and cache alone")
         axis.plot(values, [row["tokens/s"] for row in rows], "o-", color="C0", label="textgym")
         for row in rows:
-            axis.annotate(f"{row['share']:.0%}", (row[name], row["tokens/s"]), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+            axis.annotate(
+                f"{row['share']:.0%}", (row[name], row["tokens/s"]), (0, -14), textcoords="offset points", ha="center", fontsize=8
+            )
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xticks(values, [f"{value / 1e6:.2g} M" if value >= 1e5 else f"{value:,}" for value in values])
+        axis.minorticks_off()
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("sampled tokens per second")

@@ -158,6 +158,7 @@ def run(settings: EvaluateSettings) -> None:
     from rich.console import Console
 
     from textgym.agents import compare_policies
+    from textgym.cli.bars import bar
     from textgym.cli.workplace import limit_threads, load_judge_option, quiet_transformers
 
     _check(settings)
@@ -171,7 +172,7 @@ def run(settings: EvaluateSettings) -> None:
     first = _best_of(policies[sides.model], reward, settings.best_of)
     against = sides.column if sides.against is None else policies[sides.against]
     console = Console()
-    with _progress(console, len(rows) * (2 if sides.against else 1)) as on_batch:
+    with bar(console, "Sampling", len(rows) * (2 if sides.against else 1)) as on_batch:
         report = _one_sentence(
             lambda: compare_policies(
                 first,
@@ -309,21 +310,6 @@ def _one_sentence(measure: Any) -> Any:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{one_line(error)} {notes[0]}, {place.filename}, line {place.lineno}") from error
-
-
-def _progress(console: Any, total: int) -> Any:
-    """A context that gives the function to call with the number of prompts done; a bar on a terminal, nothing elsewhere."""
-    from contextlib import contextmanager
-
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("Sampling", total=total)
-            yield lambda count: progress.advance(task, count)
-
-    return bar()
 
 
 def print_comparison(console: Any, report: "ComparisonReport") -> None:

@@ -95,7 +95,7 @@ class RunFolder:
         if not self._is_free():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        document = {"settings": settings.to_json(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": _versions()}
+        document = {"settings": settings.to_json(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions()}
         write_json(self.config, document)
 
     @classmethod
@@ -209,14 +209,15 @@ def new_path(parent: Path, algorithm: str) -> Path:
     return path
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what decides about numbers."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:  # a bare checkout
-            versions[package] = "unknown"
-    return versions
+            found[package] = "unknown"
+    return found
 
 
 def write_json(path: Path, document: Any) -> None:
