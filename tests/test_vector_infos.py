@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from textgym.vector_infos import batched_infos, put, row_info
+from textgym.vector_infos import batched_infos, put, row_info, row_infos
 
 ROWS: list[dict[str, Any]] = [
     {"number": 3, "score": 0.5, "text": "a", "parts": {"x": 1.0}, "ids": [1, 2]},
@@ -36,6 +36,27 @@ def test_rows_come_back_out_of_gymnasiums_infos_and_ours() -> None:
     for infos in (gymnasium_infos(), batched_infos(ROWS)):
         for i, row in enumerate(ROWS):
             assert_row(row_info(infos, i), row)
+
+
+def test_several_rows_at_once_are_those_rows() -> None:
+    for infos in (
+        gymnasium_infos(),
+        batched_infos(ROWS),
+        {"short": np.array([1, 2]), "listed": ["a", "b", "c"], "few": (7,), "note": "all"},
+    ):
+        for rows in ([0, 1, 2], [2, 0], [1], []):
+            together = row_infos(infos, rows)
+            assert len(together) == len(rows)
+            for row, info in zip(rows, together, strict=True):
+                assert_row(info, row_info(infos, row))
+    assert row_infos({"short": np.array([1, 2]), "few": (7,)}, [2, 1]) == [{"few": (7,)}, {"short": 2, "few": (7,)}]
+
+
+def test_rows_share_no_arrays_with_the_batch() -> None:
+    grid = np.zeros((2, 3))
+    first, second = row_infos({"grid": grid}, [0, 1])
+    first["grid"][:] = 1.0
+    assert not grid.any() and not second["grid"].any()
 
 
 def test_batches_have_gymnasiums_types_and_masks() -> None:

@@ -18,7 +18,7 @@ from textgym.plans import checked_plan, prime_stack
 from textgym.row_holding import row_holder
 from textgym.stacks import definer, vector_layers
 from textgym.types import BoolArray, FloatArray, Info, IntArray, SequenceResult
-from textgym.vector_infos import row_info
+from textgym.vector_infos import row_infos
 
 NOT_FRESH = "A walk begins with a reset: every row must be freshly reset and not yet stepped. Call `envs.reset()` before it."
 
@@ -179,13 +179,17 @@ class SequenceWalk:
     def result(self) -> SequenceResult:
         """Returns what the steps so far made of each row; `rewards` has one column per step."""
         rewards = np.stack(self._rewards, axis=1) if self._rewards else np.zeros((len(self.active), 0), dtype=np.float32)
-        infos = [row_info(self._last_infos, i) if self.active[i] else dict(info) for i, info in enumerate(self.infos)]
+        infos = [dict(info) for info in self.infos]
+        running = np.flatnonzero(self.active).tolist()
+        for i, info in zip(running, row_infos(self._last_infos, running), strict=True):
+            infos[i] = info
         return SequenceResult(rewards, self._terminated.copy(), self._truncated.copy(), self._steps.copy(), infos)
 
     def _finish(self, rows: BoolArray, ended: BoolArray) -> None:
         """Notes the last info of `rows` and holds them."""
-        for i in np.flatnonzero(rows).tolist():
-            self.infos[i] = _last_info(self._last_infos, i, bool(ended[i]), self._holder.holds)
+        finished = np.flatnonzero(rows).tolist()
+        for i, info in zip(finished, _last_infos(self._last_infos, finished, ended, self._holder.holds), strict=True):
+            self.infos[i] = info
         self.active = self.active & ~rows
         if not self.active.all():
             hold_below(self.envs, ~self.active)
@@ -221,20 +225,21 @@ def _steps_whole_sequences(layer: Any) -> bool:
     return all(issubclass(definers["step_sequence"], definers[name]) for name in ("step", "reset"))
 
 
-def _last_info(infos: Mapping[str, Any], row: int, ended: bool, held: bool) -> Info:
-    """The info of a row's last step, wherever the autoreset mode has put it.
+def _last_infos(infos: Mapping[str, Any], rows: list[int], ended: BoolArray, held: bool) -> list[Info]:
+    """The infos of the last steps of `rows`, wherever the autoreset mode has put them.
 
     Args:
         infos: what the environment returned.
-        row: which row.
-        ended: whether the environment ended it in this step.
-        held: whether no next episode has begun, so that all infos of the row belong to this one.
+        rows: which rows.
+        ended: (N,) the rows that the environment ended in this step.
+        held: whether no next episode has begun, so that all infos of a row belong to this one.
     """
     final = infos.get("final_info")
-    if not (ended and isinstance(final, Mapping)):
-        return row_info(infos, row)
+    if not isinstance(final, Mapping):
+        return row_infos(infos, rows)
     rest = {key: value for key, value in infos.items() if key.removeprefix("_") not in ("final_info", "final_obs")} if held else {}
-    return {**row_info(rest, row), **row_info(final, row)}
+    of_ended = zip(row_infos(rest, rows), row_infos(final, rows), strict=True)
+    return [{**before, **last} if ended[i] else row_infos(infos, [i])[0] for i, (before, last) in zip(rows, of_ended, strict=True)]
 
 
 def _with_final_observations(observations: Any, infos: Mapping[str, Any], ended: BoolArray) -> Any:

@@ -3,7 +3,7 @@
 Importing this module imports Stable-Baselines3, and with it torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from textgym.row_holding import FillerHolder, ProxyHolder, RowHolder, row_holder
 from textgym.stacks import row_environments, vector_layers
 from textgym.types import BoolArray, Info
-from textgym.vector_infos import batched_infos, row_info
+from textgym.vector_infos import batched_infos, row_infos
 from textgym.worker_holding import SubprocHolder
 
 
@@ -161,7 +161,7 @@ class StableBaselinesVecEnv(VecEnv):
         """Resets all rows, with the seeds and options set for them."""
         seeds: Any = None if all(seed is None for seed in self._seeds) else list(self._seeds)
         observations, infos = self.vector_env.reset(seed=seeds, options=_merged_options(self._options))
-        self.reset_infos = [row_info(infos, i) for i in range(self.num_envs)]
+        self.reset_infos = row_infos(infos, range(self.num_envs))
         self._reset_seeds()
         self._reset_options()
         return observations  # type: ignore[no-any-return]
@@ -174,24 +174,23 @@ class StableBaselinesVecEnv(VecEnv):
         """Steps all rows and resets those that end."""
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
         dones = np.logical_or(terminated, truncated)
-        final = infos.get("final_info", {}) if self._same_step else infos
-        row_infos = [row_info(final if dones[i] else infos, i) for i in range(self.num_envs)]
-        for i, info in enumerate(row_infos):
-            info["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        last = row_infos(infos, range(self.num_envs))
+        for i, info in _numbered(infos.get("final_info", {}), dones) if self._same_step else ():
+            last[i] = info
+        for info, cut in zip(last, np.logical_and(truncated, np.logical_not(terminated)).tolist(), strict=True):
+            info["TimeLimit.truncated"] = cut
         if dones.any():
-            observations = self._start_over(dones, observations, infos, row_infos)
-        return observations, np.asarray(rewards, dtype=np.float32), dones, row_infos
+            observations = self._start_over(dones, observations, infos, last)
+        return observations, np.asarray(rewards, dtype=np.float32), dones, last
 
-    def _start_over(self, dones: BoolArray, observations: Any, infos: Info, row_infos: list[Info]) -> Any:
+    def _start_over(self, dones: BoolArray, observations: Any, infos: Info, last: list[Info]) -> Any:
         """Puts the last observations of ended rows into their infos; returns the observations after their resets."""
-        rows = np.flatnonzero(dones).tolist()
-        for i in rows:
-            row_infos[i]["terminal_observation"] = infos["final_obs"][i] if self._same_step else _row(observations, i)
+        for i in np.flatnonzero(dones).tolist():
+            last[i]["terminal_observation"] = infos["final_obs"][i] if self._same_step else _row(observations, i)
         if not self._same_step and not self.held:
             observations, infos = self.vector_env.reset(options={"reset_mask": dones.copy()})
         if not self.held:
-            for i in rows:
-                info = row_info(infos, i)
+            for i, info in _numbered(infos, dones):
                 self.reset_infos[i] = {key: value for key, value in info.items() if key not in ("final_info", "final_obs")}
         return observations
 
@@ -292,6 +291,12 @@ class _ViewHolder:
 def _ended_info(info: Info, row: int, venv: VecEnv) -> Info:
     """The info of a row that ended and was reset, in Gymnasium's form."""
     return {**venv.reset_infos[row], "final_obs": info.get("terminal_observation"), "final_info": dict(info)}
+
+
+def _numbered(infos: Info, rows: BoolArray) -> Iterator[tuple[int, Info]]:
+    """Yields the number and the info of each of `rows` (N,) bool."""
+    numbers = np.flatnonzero(rows).tolist()
+    yield from zip(numbers, row_infos(infos, numbers), strict=True)
 
 
 def _row(observations: Any, row: int) -> Any:

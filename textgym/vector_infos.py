@@ -1,12 +1,14 @@
 """Infos of vector environments: one dictionary of arrays with `_key` masks, and one plain dictionary per row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from textgym.types import BoolArray, Info
+
+_NOTHING: Final = object()
 
 
 def row_info(infos: Mapping[str, Any], row: int) -> Info:
@@ -14,19 +16,22 @@ def row_info(infos: Mapping[str, Any], row: int) -> Info:
 
     Numbers become Python numbers, arrays are copied. A key without a `_key` mask counts as present in every row, if it has rows.
     """
-    result: Info = {}
+    return row_infos(infos, [row])[0]
+
+
+def row_infos(infos: Mapping[str, Any], rows: Sequence[int]) -> list[Info]:
+    """Returns the infos of `rows`, K of them, each as `row_info` has it: every key is looked at once for all of them."""
+    result: list[Info] = [{} for _ in rows]
     for key, value in infos.items():
         if _is_mask(infos, key):
             continue
-        present = infos.get(f"_{key}")
-        if present is not None and not present[row]:
-            continue
-        if isinstance(value, Mapping):
-            result[key] = row_info(value, row)
-        elif isinstance(value, np.ndarray | list | tuple) and len(value) > row:
-            result[key] = _plain(value[row])
-        elif not isinstance(value, np.ndarray):
-            result[key] = value
+        places = range(len(rows))
+        if (present := infos.get(f"_{key}")) is not None:
+            marked = np.asarray(present).tolist()
+            places = [place for place in places if marked[rows[place]]]  # type: ignore[assignment]
+        for place, part in zip(places, _values_of(value, [rows[place] for place in places]), strict=True):
+            if part is not _NOTHING:
+                result[place][key] = part
     return result
 
 
@@ -71,6 +76,18 @@ def _is_mask(infos: Mapping[str, Any], key: str) -> bool:
     """Is `key` the mask of another key?"""
     value = infos[key]
     return key.startswith("_") and key[1:] in infos and isinstance(value, np.ndarray) and value.dtype == np.bool_
+
+
+def _values_of(value: Any, rows: Sequence[int]) -> Sequence[Any]:
+    """What one key holds for each of `rows`, without ties to the batch; `_NOTHING` for a row beyond the end of an array."""
+    if isinstance(value, Mapping):
+        return row_infos(value, rows)
+    if not isinstance(value, np.ndarray | list | tuple):
+        return [value] * len(rows)
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype != object and len(value) > max(rows, default=-1):
+        return value[list(rows)].tolist()  # type: ignore[no-any-return]
+    beyond = _NOTHING if isinstance(value, np.ndarray) else value
+    return [_plain(value[row]) if row < len(value) else beyond for row in rows]
 
 
 def _plain(value: Any) -> Any:
