@@ -22,6 +22,8 @@ def row_info(infos: Mapping[str, Any], row: int) -> Info:
 def row_infos(infos: Mapping[str, Any], rows: Sequence[int]) -> list[Info]:
     """Returns the infos of `rows`, K of them, each as `row_info` has it: every key is looked at once for all of them."""
     result: list[Info] = [{} for _ in rows]
+    if not result:  # the usual case: no row has finished
+        return result
     for key, value in infos.items():
         if _is_mask(infos, key):
             continue
