@@ -275,8 +275,6 @@ def candidates() -> dict[str, Callable[[Run], float]]:
     ours: dict[str, Callable[[Run], float]] = {name: partial(online, name=name) for name in AGENTS}
     ours |= {"DPO": partial(dpo, packing=False), "DPO, packed": partial(dpo, packing=True)}
     stock = {"stock PPO": partial(stock_ppo, shaped=True), "stock PPO, no KL term": partial(stock_ppo, shaped=False)}
-    if not HAS_TRL:
-        return ours | stock
     theirs: dict[str, Callable[[Run], float]] = {}
     for name in ("RLOO", "GRPO"):
         theirs[f"TRL {name}"] = partial(trl_online, name=name, cache=None)
@@ -316,9 +314,10 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    chosen = {name: measure for name, measure in candidates().items() if options.only is None or name in options.only}
     if not HAS_TRL:
         print(WITHOUT_TRL)
-    chosen = {name: measure for name, measure in candidates().items() if options.only is None or name in options.only}
+        chosen = {name: measure for name, measure in chosen.items() if not name.startswith("TRL")}
     with tempfile.TemporaryDirectory() as folder:
         speed_task.make_model().save_pretrained(folder)
         speed_task.make_tokenizer().save_pretrained(folder)
