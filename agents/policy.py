@@ -13,9 +13,10 @@ from stable_baselines3.common.utils import get_device
 from torch import Tensor, nn
 
 from textgym.agents.common.acting import ActingState
+from textgym.agents.common.action_masks import ActionMasker, PolicyMask
 from textgym.agents.common.backbone import Backbone
-from textgym.agents.common.cached_decoder import ActionMasker, PolicyMask
-from textgym.agents.common.generation import DecodeOptions, Generation, decode
+from textgym.agents.common.decode_loop import decode
+from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
 from textgym.agents.common.prompt_batches import Prompts, encode
@@ -44,6 +45,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         min_p: see `Sampling`.
         device: where the model goes; "auto" takes a GPU if there is one. A model that was loaded with a `device_map` is not moved.
         eos_token_ids: the ids that end a completion; by default the tokenizer's.
+        decode_batch_size: completions that are sampled at a time where `generate` is not told otherwise; None: all of them.
         seed: of the policy's own random generator, which serves whenever no seed or generator is given; None seeds it from the system.
 
     Attributes:
@@ -69,9 +71,13 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         min_p: float = 0.0,
         device: torch.device | str = "auto",
         eos_token_ids: Sequence[int] | None = None,
+        decode_batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
+        if decode_batch_size is not None:
+            _check_counts(decode_batch_size=decode_batch_size)
         super().__init__()
+        self.decode_batch_size = decode_batch_size
         self.sampling = Sampling(temperature, top_k, top_p, min_p)
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
@@ -206,6 +212,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         min_new_tokens: int = 0,
         stop_strings: str | Sequence[str] | None = None,
         action_mask: Tensor | ActionMasker | None = None,
+        max_batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Generation:
         """Completes prompts.
@@ -225,6 +232,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 of them: to it, such a completion has not ended.
             action_mask: legal tokens, (V,) or (B, V) bool, or an `ActionMasker`; the distribution is renormalised over them. None: the
                 policy's `mask`.
+            max_batch_size: completions that are sampled at a time, which bounds the memory of the key-value cache; another one begins
+                as soon as one has ended. No completion depends on it. None: the policy's `decode_batch_size`.
             generator: takes the place of `seed`.
         """
         given: dict[str, Any] = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -245,6 +254,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             min_new_tokens=min_new_tokens,
             stop_strings=stop_strings,
             action_mask=action_mask,
+            max_batch_size=max_batch_size,
         )
 
     def generate_ids(
@@ -261,6 +271,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         min_new_tokens: int = 0,
         stop_strings: str | Sequence[str] | None = None,
         action_mask: Tensor | ActionMasker | None = None,
+        max_batch_size: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> Generation:
         """Completes prompts given as ids, (B, P) int64 left-padded with lengths (B,).
@@ -270,6 +281,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         policy's own (an environment may have others). The rest is as in `generate`.
         """
         _check_counts(max_new_tokens=max_new_tokens, num_generations=num_generations)
+        if max_batch_size is not None:
+            _check_counts(max_batch_size=max_batch_size)
         if not 0 <= min_new_tokens <= max_new_tokens:
             raise ValueError(f"`min_new_tokens` must be between 0 and `max_new_tokens` = {max_new_tokens}, got {min_new_tokens}.")
         prompt_ids, prompt_lengths = self._ids(prompt_ids), self._ids(prompt_lengths)
@@ -277,6 +290,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             max_new_tokens=max_new_tokens,
             sampling=sampling or self.sampling,
             num_generations=num_generations,
+            max_batch_size=max_batch_size or self.decode_batch_size,
             greedy=greedy,
             epsilon=epsilon,
             min_new_tokens=min_new_tokens,

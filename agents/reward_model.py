@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.classifiers import check_score_head, fresh_classifier, scale_scores, shift_scores, with_own_pad_token
+from textgym.agents.common.layout import lay_out
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.pieces import Piece
-from textgym.agents.common.scoring import lay_out, spread
+from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.prompts import PromptText
 from textgym.rewards.classifier import PER_TOKEN, ClassifierReward, head_scores, hidden_states, longest_text, right_padded

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from textgym.agents import CausalLMPolicy
 
-VOCAB_SIZE, BATCH_SIZE, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 32, 64
+VOCAB_SIZE, BATCH_SIZE, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 16, 32
 ENDS = {"full length": (), "early ends": tuple(range(0, VOCAB_SIZE, 32))}
 FLOOR = 1.2
 WITHOUT_CACHE = "without a cache"

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from textgym.agents.common.layout import Rows
+from textgym.agents.common.trunks import Trunk, additive, find_trunk, run_trunk
+
 
 class Backbone:
     """Trunk and head of one model.
@@ -51,6 +54,7 @@ class Backbone:
         self._head: nn.Module | None = head
         self._rescale: Callable[[Tensor], Tensor] | None = None
         self.exact_head = self._find_rescaling()
+        self._fast_trunk = find_trunk(self._trunk) if self.exact_head else None
 
     @property
     def config(self) -> Any:
@@ -108,12 +112,34 @@ class Backbone:
             inputs["past_key_values"] = cache
         if self._takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
-        with self._adapter():
+        with self.adapter():
             if self.exact_head:
                 states: Tensor = self._trunk(**inputs).last_hidden_state
                 return states
             logits: Tensor = self._base(**inputs).logits
             return logits
+
+    def predictors(self, layout: Rows) -> tuple[Tensor, Tensor]:
+        """Runs the trunk over the rows of a layout.
+
+        Returns:
+            What `logits` takes and the last hidden states, (M, ...) and (M, H), of the positions that predict its M completion tokens.
+        """
+        self.without_dropout()
+        positions = layout.position_ids
+        self.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
+        if self.fast_trunk is not None:
+            with self.adapter():
+                states = run_trunk(self.fast_trunk, layout)
+            return states, states
+        attention = None if layout.visible is None else self.attention(layout.visible)
+        features, states = self.features_and_hidden(layout.input_ids, positions, attention)
+        return features[layout.rows, layout.columns], states[layout.rows, layout.columns]
+
+    @property
+    def fast_trunk(self) -> Trunk | None:
+        """This package's own trunk for the model; None where transformers' forward must be used."""
+        return self._fast_trunk if self._fast_trunk is not None and self._fast_trunk.unchanged else None
 
     def features_and_hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns `features` and the last hidden states (B, S, H); the two are the same tensor where `exact_head` holds."""
@@ -121,7 +147,7 @@ class Backbone:
             features = self.features(input_ids, position_ids, attention_mask)
             return features, features
         positions = {"position_ids": position_ids} if self._takes_positions and position_ids is not None else {}
-        with self._adapter():
+        with self.adapter():
             outputs = self._base(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True, **positions
             )
@@ -131,7 +157,7 @@ class Backbone:
         """Returns the logits over the tokenizer's vocabulary, (..., V), in the model's dtype."""
         if not self.exact_head or self._head is None:
             return features[..., : self.vocab_size]
-        with self._adapter():
+        with self.adapter():
             logits = self._head(features)[..., : self.vocab_size]
         return logits if self._rescale is None else self._rescale(logits)
 
@@ -140,8 +166,7 @@ class Backbone:
 
         Eager attention takes nothing else; scaled-dot-product attention would turn a boolean mask into this one in every layer.
         """
-        bias = torch.zeros((), dtype=self.dtype, device=visible.device)
-        return torch.where(visible, bias, torch.finfo(self.dtype).min)
+        return additive(visible, self.dtype)
 
     def copy_trunk(self) -> PreTrainedModel:
         """Returns a copy of the trunk, without the adapters where there are some."""
@@ -156,7 +181,8 @@ class Backbone:
         """Returns transformers' own growing cache for this architecture."""
         return DynamicCache(config=self.config)
 
-    def _adapter(self) -> contextlib.AbstractContextManager[None]:
+    def adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Switches the LoRA adapter off for a while, where the model is to run without it."""
         if not self.without_adapter:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[None] = self.model.disable_adapter()

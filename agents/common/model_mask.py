@@ -7,9 +7,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from textgym.agents.common.acting import ActingState
-from textgym.agents.common.cached_decoder import PolicyMask
+from textgym.agents.common.action_masks import PolicyMask
+from textgym.agents.common.layout import Rows
 from textgym.agents.common.sampling import TokenRule
-from textgym.agents.common.scoring import Rows, kept_along
+from textgym.agents.common.scoring import kept_along
 from textgym.agents.policy import CausalLMPolicy
 
 

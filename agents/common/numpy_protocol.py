@@ -10,12 +10,11 @@ from torch import Tensor
 
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.layout import Rows, lay_out
 from textgym.agents.common.sampling import Sampling, kept_tokens, scale_logits, token_log_probs
 from textgym.agents.common.scoring import (
-    Rows,
     divergence,
     full_kl,
-    lay_out,
     paired_distributions,
     paired_log_probs,
     score_completions,
@@ -139,12 +138,7 @@ class NumpyProtocol:
 
 
 def _sequence_pair(first: Backbone, second: Backbone, layout: Rows) -> tuple[Tensor, Tensor]:
-    pair = []
-    for backbone in (first, second):
-        backbone.without_dropout()
-        backbone.check_length(layout.input_ids.shape[1], "Scoring")
-        pair.append(backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns])
-    return pair[0], pair[1]
+    return first.predictors(layout)[0], second.predictors(layout)[0]
 
 
 def _numpy(tensor: Tensor) -> FloatArray:

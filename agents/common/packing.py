@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from textgym.agents.common.layout import Rows
 from textgym.agents.common.offline_batches import CompletionBatch
-from textgym.agents.common.scoring import Rows, score_completions
+from textgym.agents.common.scoring import score_completions
 from textgym.agents.policy import CausalLMPolicy
 
 

@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 
 from textgym.agents.common.batches import RolloutBatch
 from textgym.agents.common.critic import Critic
+from textgym.agents.common.layout import Rows, lay_out
 from textgym.agents.common.sampling import scale_logits, token_log_probs, unpack_kept
-from textgym.agents.common.scoring import Rows, in_chunks, lay_out, spread
+from textgym.agents.common.scoring import in_chunks, spread
 from textgym.agents.common.token_mask import TokenMask
 from textgym.agents.common.value_heads import ValueModel
 from textgym.agents.policy import CausalLMPolicy
@@ -78,10 +79,7 @@ def score_states(
         best: also find the most probable token of each state's set.
     """
     layout, backbone = states.layout, policy.backbone
-    backbone.without_dropout()
-    backbone.check_length(layout.input_ids.shape[1], "Scoring")
-    features, hidden = backbone.features_and_hidden(layout.input_ids, None, None)
-    features, hidden = features[layout.rows, layout.columns], hidden[layout.rows, layout.columns]
+    features, hidden = backbone.predictors(layout)
     chosen = layout.targets if tokens is None else tokens[layout.mask]
     # Rounding may put a token at the edge of the set on the other side than when it was taken; it was taken, so it was in.
     forced = states.taken if tokens is None else torch.zeros_like(states.taken)
@@ -106,10 +104,7 @@ def score_states(
 
 def state_values(policy: CausalLMPolicy, critic: Critic, states: States) -> Tensor:
     """Returns the `values` of `score_states` alone, without a single logit; the policy is run only where the critic reads its states."""
-    hidden = None
-    if critic.reads_policy:
-        policy.backbone.without_dropout()
-        hidden = policy.backbone.features_and_hidden(states.layout.input_ids, None, None)[1][states.layout.rows, states.layout.columns]
+    hidden = policy.backbone.predictors(states.layout)[1] if critic.reads_policy else None
     return _values(critic, states, hidden)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.layout import Rows
 from textgym.agents.common.sampling import (
     Sampling,
     TokenRule,
@@ -48,51 +49,6 @@ class Scores:
     kept: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Prompts and completions put end to end, from column 0: plain causal attention is right for them, padding comes after.
-
-    `packing.pack` makes rows that hold several prompts with their completions; those bring positions and a mask of their own.
-
-    Attributes:
-        input_ids: (B, S) int64; 0 past the end.
-        rows: row of each completion token, (N,) int64, N the number of completion tokens; row-major order.
-        columns: column of `input_ids` whose features predict that token, (N,) int64.
-        targets: the token, (N,) int64.
-        mask: the completion tokens' places, (B, T) bool.
-        position_ids: (B, S) int64 where they are not the columns, else None.
-        visible: (B, 1, S, S) bool, which keys each query sees, where that is not the whole past, else None.
-    """
-
-    input_ids: Tensor
-    rows: Tensor
-    columns: Tensor
-    targets: Tensor
-    mask: Tensor
-    position_ids: Tensor | None = None
-    visible: Tensor | None = None
-
-
-def lay_out(prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Rows:
-    """Puts left-padded prompts (B, P) and completions (B, T) end to end. Ids outside the given lengths are never looked at."""
-    width, steps = prompt_ids.shape[1], completion_ids.shape[1]
-    device = prompt_ids.device
-    mask = torch.arange(steps, device=device) < lengths.unsqueeze(1)
-    # The last token of a completion predicts nothing that is scored, so it is no input.
-    inputs = prompt_lengths + (lengths - 1).clamp(min=0)
-    columns = torch.arange(int(inputs.max()), device=device)
-    source = (columns + (width - prompt_lengths).unsqueeze(1)).clamp_(max=width + steps - 1)
-    ids = torch.cat((prompt_ids, completion_ids), 1).gather(1, source)
-    rows, offsets = mask.nonzero(as_tuple=True)
-    return Rows(
-        input_ids=ids.masked_fill(columns >= inputs.unsqueeze(1), 0),
-        rows=rows,
-        columns=prompt_lengths[rows] - 1 + offsets,
-        targets=completion_ids[rows, offsets],
-        mask=mask,
-    )
-
-
 def score_completions(
     backbone: Backbone,
     layout: Rows,
@@ -120,7 +76,7 @@ def score_completions(
         value_head: (N, H) to (N,); also give its values.
         return_kept: also give the packed kept sets.
     """
-    features, states = _features_and_hidden(backbone, layout)
+    features, states = backbone.predictors(layout)
     kept_rows = None if kept is None else kept[layout.mask]
 
     def statistics(features: Tensor, targets: Tensor, kept: Tensor | None, legal: Tensor | None) -> tuple[Tensor, ...]:
@@ -184,18 +140,8 @@ def full_kl(
 @torch.no_grad()
 def kept_along(backbone: Backbone, layout: Rows, rule: TokenRule) -> Tensor:
     """Returns the packed sets that `rule` leaves in at the state of each completion token, (N, ceil(V/8)) uint8; one pass of the model."""
-    features, _ = _features_and_hidden(backbone, layout)
+    features, _ = backbone.predictors(layout)
     return in_chunks(lambda features: (pack_kept(rule(backbone.logits(features))),), backbone.vocab_size, features)[0]
-
-
-def _features_and_hidden(backbone: Backbone, layout: Rows) -> tuple[Tensor, Tensor]:
-    """Runs the model once; returns the features and the hidden states that predict each completion token, (N, ...) and (N, H)."""
-    backbone.without_dropout()
-    positions = layout.position_ids
-    backbone.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
-    attention = None if layout.visible is None else backbone.attention(layout.visible)
-    features, states = backbone.features_and_hidden(layout.input_ids, positions, attention)
-    return features[layout.rows, layout.columns], states[layout.rows, layout.columns]
 
 
 def _sampling_logits(

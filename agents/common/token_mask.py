@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 from torch import Tensor
 
-from textgym.agents.common.cached_decoder import ActionMasker
-from textgym.agents.common.scoring import Rows
+from textgym.agents.common.action_masks import ActionMasker
+from textgym.agents.common.layout import Rows
 
 
 class TokenMask(Protocol):

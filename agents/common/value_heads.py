@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from textgym.agents.common.backbone import Backbone
-from textgym.agents.common.scoring import Rows, lay_out, spread
+from textgym.agents.common.layout import Rows, lay_out
+from textgym.agents.common.scoring import spread
+from textgym.agents.common.trunks import find_trunk, run_trunk
 from textgym.agents.reward_model import RewardModel
 from textgym.rewards.classifier import OFFSET
 
@@ -68,6 +70,7 @@ class ValueModel(nn.Module):
         self.trunk = trunk
         self.head = head
         self.train(False)
+        self._fast_trunk = find_trunk(trunk)
 
     @classmethod
     def from_policy(cls, policy: Any, mlp_size: int | None = None) -> "ValueModel":
@@ -116,8 +119,12 @@ class ValueModel(nn.Module):
 
     def values_of(self, layout: Rows) -> Tensor:
         """Returns V(s_t), (B, T) float32, zero on padding, for a layout from `scoring.lay_out`."""
-        hidden = self.trunk(input_ids=layout.input_ids, attention_mask=None, use_cache=False).last_hidden_state
-        return spread(self.head(hidden[layout.rows, layout.columns]).float(), layout.mask)
+        if self._fast_trunk is not None and self._fast_trunk.unchanged:
+            hidden = run_trunk(self._fast_trunk, layout)
+        else:
+            states = self.trunk(input_ids=layout.input_ids, attention_mask=None, use_cache=False).last_hidden_state
+            hidden = states[layout.rows, layout.columns]
+        return spread(self.head(hidden).float(), layout.mask)
 
     def forward(self, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Tensor:
         """Returns V(s_t) at the states in which the tokens were chosen, (B, T) float32, zero from `lengths` on.

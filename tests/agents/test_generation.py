@@ -1,11 +1,14 @@
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.agents import CausalLMPolicy, Sampling
-from textgym.agents.common import generation
+from textgym.agents.common import decode_loop
 from textgym.agents.common.cached_decoder import CachedDecoder
 from textgym.agents.common.sampling import unpack_kept
+from textgym.agents.common.trunk_decoder import TrunkDecoder
 
 PROMPTS = ["abc", "hello there", "a", "the cat sat on the mat."]
 
@@ -128,18 +131,25 @@ def test_greedy_is_transformers_greedy(policy):
     torch.testing.assert_close(scores.log_probs, generated.log_probs, atol=1e-4, rtol=0)
 
 
-def test_rows_are_prompt_major_and_the_prompt_is_run_once(policy, monkeypatch):
+@contextlib.contextmanager
+def sizes_of_passes(policy):
+    """Collects how many tokens each pass of the model takes in."""
+    sizes = []
+    hook = policy.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].numel()))
+    yield sizes
+    hook.remove()
+
+
+def test_rows_are_prompt_major_and_the_prompt_is_run_once(policy):
     repeated = policy.generate([prompt for prompt in PROMPTS for _ in range(3)], 10, seed=2)
-    widths = []
-    features = policy.backbone.features
-    monkeypatch.setattr(policy.backbone, "features", lambda ids, *rest: widths.append(tuple(ids.shape)) or features(ids, *rest))
-    generated = policy.generate(PROMPTS, 10, seed=2, num_generations=3)
+    with sizes_of_passes(policy) as sizes:
+        generated = policy.generate(PROMPTS, 10, seed=2, num_generations=3)
     assert torch.equal(generated.ids, repeated.ids)
     assert torch.equal(generated.prompt_ids, repeated.prompt_ids)
     assert generated.prompt_lengths.tolist() == [len(prompt) for prompt in PROMPTS for _ in range(3)]
-    assert widths[0] == (len(PROMPTS), max(map(len, PROMPTS)))
+    assert sum(map(len, PROMPTS)) <= sizes[0] <= len(PROMPTS) * max(map(len, PROMPTS))
     # Every later step is one token wide.
-    assert {width for _, width in widths[1:]} <= {1}
+    assert max(sizes[1:]) <= 3 * len(PROMPTS)
 
 
 def test_eos_ends_a_row(policy):
@@ -167,28 +177,62 @@ def test_several_end_tokens(model, tokenizer, device):
 def test_dropping_finished_rows_changes_nothing(ending_policy, monkeypatch):
     policy = ending_policy
     dropped = policy.generate(PROMPTS, 40, seed=0, num_generations=16, top_p=0.95)
-    batches = []
-    step = CachedDecoder.step
-    monkeypatch.setattr(CachedDecoder, "step", lambda self, tokens: batches.append(len(tokens)) or step(self, tokens))
-    monkeypatch.setattr(generation._FinishWatch, "should_drop", lambda self, finished: False)
-    whole = policy.generate(PROMPTS, 40, seed=0, num_generations=16, top_p=0.95)
-    assert set(batches) == {64}
+    monkeypatch.setattr(decode_loop, "ENDED_WORTH_DROPPING", 2)
+    with sizes_of_passes(policy) as sizes:
+        whole = policy.generate(PROMPTS, 40, seed=0, num_generations=16, top_p=0.95)
+    assert set(sizes[1:]) == {64}
     assert torch.equal(whole.ids, dropped.ids)
     assert torch.equal(whole.lengths, dropped.lengths)
     assert torch.equal(whole.kept, dropped.kept)
     torch.testing.assert_close(whole.log_probs, dropped.log_probs, atol=1e-5, rtol=0)
 
 
-def test_finished_rows_are_dropped(ending_policy, monkeypatch):
-    batches = []
-    step = CachedDecoder.step
-    monkeypatch.setattr(CachedDecoder, "step", lambda self, tokens: batches.append(len(tokens)) or step(self, tokens))
-    generated = ending_policy.generate(PROMPTS, 100, seed=0, num_generations=16)
+def test_finished_rows_are_dropped(ending_policy):
+    with sizes_of_passes(ending_policy) as sizes:
+        generated = ending_policy.generate(PROMPTS, 100, seed=0, num_generations=16)
+    batches = sizes[1:]
     assert len(batches) == int(generated.lengths.max()) - 1 < 99
-    # At least half of the rows in the batch always run: rows done at most double the steps that count.
-    assert sum(batches) < 2 * int(generated.lengths.sum())
-    assert batches[0] == 64
-    assert batches[-1] <= 8
+    # Three quarters of the rows in the batch always run: rows done are at most 4/3 of the steps that count.
+    assert sum(batches) <= 4 / 3 * int(generated.lengths.sum())
+    assert batches[-1] <= 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.9, "temperature": 0.8}, {"min_new_tokens": 5}, {"stop_strings": "e"}, {"mask": 2}, {"mask": 1}]
+)
+@pytest.mark.parametrize("size", [1, 5, 20, 63])
+def test_waiting_rows_take_the_places_of_finished_ones(ending_policy, size, settings):
+    """Which rows are in the batch together is of no consequence."""
+    policy = ending_policy
+    settings = dict(settings)
+    if "mask" in settings:
+        legal = torch.rand(len(PROMPTS), policy.vocab_size, generator=torch.Generator().manual_seed(0)) < 0.7
+        legal[:, policy.eos_token_ids[0]] = True
+        settings["action_mask"] = legal if settings.pop("mask") == 2 else legal[0]
+    expected = policy.generate(PROMPTS, 40, seed=0, num_generations=16, **settings)
+    with sizes_of_passes(policy) as sizes:
+        found = policy.generate(PROMPTS, 40, seed=0, num_generations=16, max_batch_size=size, **settings)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.stopped, expected.stopped)
+    assert (found.kept is None) == (expected.kept is None)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=4e-5, rtol=0)
+    if expected.kept is not None:
+        assert (found.kept != expected.kept).any(-1).float().mean() < 0.01, "rounding at the edge of a set, rarely"
+    longest_prefill = len(PROMPTS) * max(map(len, PROMPTS))
+    assert max(sizes) <= max(size, longest_prefill)
+    if policy.backbone.fast_trunk is not None and size == 5:
+        # Full of running rows almost to the end.
+        steps = sum(1 for one in sizes if one <= size)
+        assert steps * size < 1.8 * int(expected.lengths.sum()) + 40 * size
+
+
+def test_waiting_rows_behind_a_mask_that_follows_rows(ending_policy, tokenizer, device):
+    policy = ending_policy
+    arguments = {"num_generations": 8, "seed": 0, "action_mask": policy.reference().kept_mask(Sampling(top_p=0.6))}
+    expected = policy.generate(PROMPTS, 20, **arguments)
+    found = policy.generate(PROMPTS, 20, max_batch_size=6, **arguments)
+    assert torch.equal(found.ids, expected.ids)
 
 
 def test_extra_padding_changes_nothing(policy, device):
@@ -306,13 +350,13 @@ def test_nothing_in_the_loop_waits_for_the_device(ending_policy, monkeypatch, se
     expected = policy.generate(PROMPTS, 100, seed=0, num_generations=2, min_new_tokens=2, **settings)
 
     def asynchronous(self, device):
-        self._on_host, self._running, self._asked = False, 0, False
-        self._pinned, self._event = torch.zeros((), dtype=torch.bool), _LateAnswers()
+        self._answer, self._event = None, _LateAnswers()
 
-    monkeypatch.setattr(generation._FinishWatch, "__init__", asynchronous)
+    monkeypatch.setattr(decode_loop._FinishWatch, "__init__", asynchronous)
     mode = _ReadsBack()
     steps = []
-    choose, step = generation._DecodeLoop._choose, CachedDecoder.step
+    decoder = CachedDecoder if policy.backbone.fast_trunk is None else TrunkDecoder
+    choose, step = decode_loop._DecodeLoop._choose, decoder.step
 
     def watched(function):
         def call(*args):
@@ -322,8 +366,8 @@ def test_nothing_in_the_loop_waits_for_the_device(ending_policy, monkeypatch, se
 
         return call
 
-    monkeypatch.setattr(generation._DecodeLoop, "_choose", watched(choose))
-    monkeypatch.setattr(CachedDecoder, "step", watched(step))
+    monkeypatch.setattr(decode_loop._DecodeLoop, "_choose", watched(choose))
+    monkeypatch.setattr(decoder, "step", watched(step))
     generated = policy.generate(PROMPTS, 100, seed=0, num_generations=2, min_new_tokens=2, **settings)
     assert mode.found == []
     assert torch.equal(generated.ids, expected.ids)
@@ -348,7 +392,8 @@ def test_no_synchronisation_on_cuda(policy, monkeypatch):
         return call
 
     policy.generate(PROMPTS, 4, seed=0)
-    for owner, name in ((generation._DecodeLoop, "_choose"), (CachedDecoder, "step"), (generation._FinishWatch, "all_finished")):
+    decoder = CachedDecoder if policy.backbone.fast_trunk is None else TrunkDecoder
+    for owner, name in ((decode_loop._DecodeLoop, "_choose"), (decoder, "step"), (decode_loop._FinishWatch, "ended")):
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
     policy.generate(PROMPTS, 20, seed=0, top_p=0.9)
 

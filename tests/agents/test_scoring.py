@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.agents import CausalLMPolicy, Sampling, ValueHead
 from textgym.agents.common import scoring
+from textgym.agents.common.layout import lay_out
 from textgym.agents.common.sampling import unpack_kept
 
 PROMPTS = ["abc", "hello there", "a", "the cat sat on the mat."]
@@ -270,7 +271,7 @@ def test_given_kept_sets_replace_the_policys_own(policy, generated):
     scores = reference.score(*rows_of(sampled), keep=sampled.kept, sampling=Sampling(top_k=2))
     plain = reference.score(*rows_of(sampled), sampling=Sampling())
     kept = unpack_kept(sampled.kept, policy.vocab_size)[sampled.completion_mask]
-    layout = scoring.lay_out(*rows_of(sampled))
+    layout = lay_out(*rows_of(sampled))
     with torch.no_grad():
         features = reference.backbone.features(layout.input_ids, None, None)[layout.rows, layout.columns]
         probs = reference.backbone.logits(features).softmax(-1)

@@ -1,0 +1,55 @@
+"""Rows that grow by one token per model step: what a decode loop asks of the model."""
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.cached_decoder import CachedDecoder
+from textgym.agents.common.trunk_decoder import TrunkDecoder
+
+
+class Decoder(Protocol):
+    """Rows with a key-value cache.
+
+    Attributes:
+        logits: of the next token, (rows, V), in the model's dtype.
+        admits: whether `admit` works.
+    """
+
+    logits: Tensor
+    admits: ClassVar[bool]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends `tokens` (rows,) int64 and returns the logits after them, (rows, V)."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with `rows` only, (rows',) int64 indices into the present ones."""
+        ...
+
+    def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
+        """Puts fresh rows behind the present ones; arguments as in `make_decoder`."""
+        ...
+
+
+def make_decoder(backbone: Backbone, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int) -> Decoder:
+    """Runs prompts, each once, and returns the rows that begin with them.
+
+    Args:
+        backbone: the model.
+        prompt_ids: (B, P) int64, left-padded.
+        prompt_lengths: (B,) int64.
+        index: the prompt of each row, (rows,) int64.
+        max_new_tokens: how many tokens may be appended to a row.
+    """
+    trunk = backbone.fast_trunk
+    width = int(prompt_lengths.max())
+    backbone.check_length(width + max_new_tokens, "Generation")
+    # Without the columns that are padding in every row, and with ids that the model has in the rest.
+    prompt_ids = prompt_ids[:, prompt_ids.shape[1] - width :]
+    prompt_ids = prompt_ids.masked_fill(torch.arange(width, device=prompt_ids.device) < (width - prompt_lengths).unsqueeze(1), 0)
+    if trunk is not None:
+        return TrunkDecoder(backbone, trunk, prompt_ids, prompt_lengths, index, max_new_tokens)
+    return CachedDecoder(backbone, prompt_ids, prompt_lengths, index, max_new_tokens)

@@ -1,0 +1,174 @@
+"""Rows that grow by one token per model step, run by this package's own trunk on a preallocated key-value cache.
+
+All rows write the same column at a step, whatever their lengths: a row stands with its end at that column and with padding before its
+beginning. So a step writes one contiguous slice per layer, and rows that begin later, in the place of finished ones, fit in.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.trunks import Trunk, additive
+from textgym.agents.common.trunks.rows_attention import Grid, RowsAttention, attention, attention_of_one
+
+
+class TrunkDecoder:
+    """A `Decoder` for the architectures that have a `Trunk`.
+
+    Args:
+        backbone: the model.
+        trunk: its trunk.
+        prompt_ids: (B, P) int64, left-padded, without a column that is padding in every row.
+        prompt_lengths: (B,) int64.
+        index: the prompt of each row, (rows,) int64.
+        max_new_tokens: how many tokens may be appended to a row.
+
+    Attributes:
+        logits: of the next token, (rows, V), in the model's dtype.
+    """
+
+    admits: ClassVar[bool] = True
+
+    def __init__(
+        self, backbone: Backbone, trunk: Trunk, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int
+    ) -> None:
+        self._backbone, self._trunk, self._max_new_tokens = backbone, trunk, max_new_tokens
+        self._step_trunk = trunk.for_decoding()
+        states, keys, values = self._prefill(prompt_ids, prompt_lengths)
+        lengths = prompt_lengths.index_select(0, index)
+        self.logits = backbone.logits(states.index_select(0, index))
+        self._next_position = lengths.clone()
+        self._cache = _Cache.empty(keys, values, len(index), prompt_ids.shape[1], max_new_tokens)
+        self._cache.put(0, keys, values, prompt_lengths, index)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Decoder`."""
+        with self._backbone.adapter():
+            states = self._step_trunk(tokens, self._next_position, self._cache)
+        self._cache.filled += 1
+        self._next_position += 1
+        self.logits = self._backbone.logits(states)
+        return self.logits
+
+    def select(self, rows: Tensor) -> None:
+        """See `Decoder`."""
+        self._cache = self._cache.select(rows)
+        self._next_position = self._next_position.index_select(0, rows)
+        self.logits = self.logits.index_select(0, rows)
+
+    def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
+        """See `Decoder`."""
+        states, keys, values = self._prefill(prompt_ids, prompt_lengths)
+        present = len(self.logits)
+        lengths = prompt_lengths.index_select(0, index)
+        self._cache = self._cache.with_room(len(index), prompt_ids.shape[1], self._max_new_tokens)
+        self._cache.put(present, keys, values, prompt_lengths, index)
+        self._next_position = torch.cat((self._next_position, lengths))
+        self.logits = torch.cat((self.logits, self._backbone.logits(states.index_select(0, index))))
+
+    def _prefill(self, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Runs prompts (B, P); returns the states at their ends, (B, H), and per layer keys and values, (B, heads, P, d), from column 0."""
+        rows, width = prompt_ids.shape
+        columns = torch.arange(width, device=prompt_ids.device)
+        source = (columns + (width - prompt_lengths).unsqueeze(1)).clamp_(max=width - 1)
+        grid = Grid.of(columns < prompt_lengths.unsqueeze(1))
+        attend = _Remembering(grid)
+        for trunk in (self._trunk, self._step_trunk):
+            trunk.prepare(width + self._max_new_tokens)
+        with self._backbone.adapter():
+            states = self._trunk(grid.line(prompt_ids.gather(1, source)), grid.line(columns.expand(rows, -1)), attend)
+        ends = grid.index(torch.arange(rows, device=prompt_ids.device), prompt_lengths - 1)
+        return states.index_select(0, ends), attend.keys, attend.values
+
+
+class _Remembering(RowsAttention):
+    """Causal attention that keeps every layer's keys and values."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Attention`."""
+        spread = self.grid.spread
+        self.keys.append(spread(keys))
+        self.values.append(spread(values))
+        return self.grid.gather(attention(spread(queries), self.keys[-1], self.values[-1], None, causal=True))
+
+
+class _Cache:
+    """Keys and values of all layers, and the attention of one new token per row to them.
+
+    Args:
+        table: (layers, 2, rows, heads, columns, d).
+        starts: the column in which each row begins, (rows,) int64.
+        filled: columns in use.
+    """
+
+    def __init__(self, table: Tensor, starts: Tensor, filled: int) -> None:
+        self.table, self.starts, self.filled = table, starts, filled
+        self._layers = [(keys, values) for keys, values in table]
+        self._bias: Tensor | None = None
+        self._look()
+
+    @classmethod
+    def empty(cls, keys: list[Tensor], values: list[Tensor], rows: int, width: int, max_new_tokens: int) -> "_Cache":
+        """Makes room for `rows` rows of prompts up to `width` tokens."""
+        heads, size = keys[0].shape[1], keys[0].shape[3]
+        table = keys[0].new_empty((len(keys), 2, rows, heads, width + max_new_tokens, size))
+        return cls(table, torch.zeros(rows, dtype=torch.int64, device=table.device), width)
+
+    def put(self, first: int, keys: list[Tensor], values: list[Tensor], lengths: Tensor, index: Tensor) -> None:
+        """Writes prompts, from column 0 in `keys` and `values`, into the rows from `first` on, so that they end at the present column."""
+        width = keys[0].shape[2]
+        columns = torch.arange(width, device=index.device)
+        # What stands before a row's beginning is masked out, but it must be a number: so its first column stands there too.
+        source = (columns - (width - lengths).unsqueeze(1)).clamp_(min=0)[:, None, :, None]
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            for half, prompts in enumerate(pair):
+                shifted = prompts.gather(2, source.expand_as(prompts))
+                target = self.table[layer, half, first:, :, : self.filled]
+                target[:, :, : self.filled - width] = 0
+                target[:, :, self.filled - width :] = shifted.index_select(0, index)
+        self.starts = torch.cat((self.starts[:first], self.filled - lengths.index_select(0, index)))
+        self._look()
+
+    def select(self, rows: Tensor) -> "_Cache":
+        """Returns these rows alone."""
+        table = self.table.new_empty((*self.table.shape[:2], len(rows), *self.table.shape[3:]))
+        for layer, old in zip(table, self.table, strict=True):
+            for half, source in zip(layer, old, strict=True):
+                half[:, :, : self.filled] = source[:, :, : self.filled].index_select(0, rows)
+        return _Cache(table, self.starts.index_select(0, rows), self.filled)
+
+    def with_room(self, rows: int, width: int, max_new_tokens: int) -> "_Cache":
+        """Returns these rows with room for more of them behind, without the columns that have become padding in every row."""
+        first = int(self.starts.min())
+        filled = max(self.filled - first, width)
+        shift = filled - self.filled
+        present = self.table.shape[2]
+        layers, _, _, heads, _, size = self.table.shape
+        table = self.table.new_empty((layers, 2, present + rows, heads, filled + max_new_tokens, size))
+        table[:, :, :present, :, : first + shift] = 0
+        table[:, :, :present, :, first + shift : filled] = self.table[:, :, :, :, first : self.filled]
+        return _Cache(table, self.starts + shift, filled)
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Attention`: writes the present column and looks at all of them up to it."""
+        all_keys, all_values = self._layers[layer]
+        column, end = self.filled, self.filled + 1
+        all_keys[:, :, column] = keys
+        all_values[:, :, column] = values
+        bias = None if self._bias is None else self._bias[..., :end]
+        return attention_of_one(queries, all_keys[:, :, :end], all_values[:, :, :end], bias)
+
+    def _look(self) -> None:
+        """Works out the mask; there is none while every row begins at column 0."""
+        if bool((self.starts == 0).all()):
+            self._bias = None
+            return
+        columns = torch.arange(self.table.shape[4], device=self.table.device)
+        self._bias = additive(columns >= self.starts.unsqueeze(1), self.table.dtype)[:, None, None, :]
