@@ -24,9 +24,10 @@ from textgym.agents.common.sampling import (
     unpack_kept,
 )
 
-# Up to so many float32 logits (64 MB) are held at once, and kept for the backward pass; beyond it, chunks of so many are made (32 MB).
+# Up to so many float32 logits (64 MB) are held at once, and kept for the backward pass; beyond it, chunks of so many are made (40 MB).
+# A chunk is larger than 32 MB: below that glibc puts it on the heap, whose holes then add up to several times what is in use.
 PLAIN_LOGITS = 2**24
-CHUNK_LOGITS = 2**23
+CHUNK_LOGITS = 10 * 2**20
 
 
 @dataclass(eq=False)
