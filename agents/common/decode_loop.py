@@ -50,7 +50,11 @@ def decode(
     """
     backbone.without_dropout()
     loop = _DecodeLoop(backbone, prompt_ids, prompt_lengths, options, generator, to_texts)
-    loop.run()
+    # Inference mode spares every operation some bookkeeping. Models that this package does not run itself, and masks of others', may not
+    # expect it.
+    own = backbone.fast_trunk is not None and (options.action_mask is None or isinstance(options.action_mask, Tensor))
+    with torch.inference_mode() if own else torch.no_grad():
+        loop.run()
     return loop.result()
 
 

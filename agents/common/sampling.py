@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 128  # tokens; any size gives the same distribution
+SINGLE, BLOCK = 512, 128  # tokens: vocabularies up to the first are searched at once; any sizes give the same distribution
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _invert_blocks(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     """Finds the token (B, 1) at a fraction (B, 1) of the sum of `weights` (B, V) float32, and that sum (B, 1) float64."""
     vocab_size = weights.shape[-1]
-    if vocab_size <= BLOCK:
+    if vocab_size <= SINGLE:
         wide = weights.double()
         return _invert(wide, fraction)[0], wide.sum(-1, keepdim=True)
     weights = torch.nn.functional.pad(weights, (0, -vocab_size % BLOCK)).unflatten(1, (-1, BLOCK))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.trunks import Trunk, additive
-from textgym.agents.common.trunks.rows_attention import Grid, RowsAttention, attention, attention_of_one
+from textgym.agents.common.trunks.rows_attention import Grid, RowsAttention, attention
 
 
 class TrunkDecoder:
@@ -34,8 +34,7 @@ class TrunkDecoder:
     def __init__(
         self, backbone: Backbone, trunk: Trunk, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int
     ) -> None:
-        self._backbone, self._trunk, self._max_new_tokens = backbone, trunk, max_new_tokens
-        self._step_trunk = trunk.for_decoding()
+        self._backbone, self._trunk, self._max_new_tokens = backbone, trunk.for_decoding(), max_new_tokens
         states, keys, values = self._prefill(prompt_ids, prompt_lengths)
         lengths = prompt_lengths.index_select(0, index)
         self.logits = backbone.logits(states.index_select(0, index))
@@ -46,7 +45,7 @@ class TrunkDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder`."""
         with self._backbone.adapter():
-            states = self._step_trunk(tokens, self._next_position, self._cache)
+            states = self._trunk(tokens, self._next_position, self._cache)
         self._cache.filled += 1
         self._next_position += 1
         self.logits = self._backbone.logits(states)
@@ -75,8 +74,7 @@ class TrunkDecoder:
         source = (columns + (width - prompt_lengths).unsqueeze(1)).clamp_(max=width - 1)
         grid = Grid.of(columns < prompt_lengths.unsqueeze(1))
         attend = _Remembering(grid)
-        for trunk in (self._trunk, self._step_trunk):
-            trunk.prepare(width + self._max_new_tokens)
+        self._trunk.prepare(width + self._max_new_tokens)
         with self._backbone.adapter():
             states = self._trunk(grid.line(prompt_ids.gather(1, source)), grid.line(columns.expand(rows, -1)), attend)
         ends = grid.index(torch.arange(rows, device=prompt_ids.device), prompt_lengths - 1)
@@ -110,8 +108,12 @@ class _Cache:
 
     def __init__(self, table: Tensor, starts: Tensor, filled: int) -> None:
         self.table, self.starts, self.filled = table, starts, filled
-        self._layers = [(keys, values) for keys, values in table]
-        self._bias: Tensor | None = None
+        # Views that a step only has to cut to the columns in use.
+        self._keys, self._values = ([layer[half] for layer in table] for half in (0, 1))
+        self._keys_of_heads = [keys.flatten(0, 1).transpose(1, 2) for keys in self._keys]
+        self._values_of_heads = [values.flatten(0, 1) for values in self._values]
+        self._two_products = table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64)
+        self._nothing = table.new_zeros(())
         self._look()
 
     @classmethod
@@ -127,9 +129,10 @@ class _Cache:
         columns = torch.arange(width, device=index.device)
         # What stands before a row's beginning is masked out, but it must be a number: so its first column stands there too.
         source = (columns - (width - lengths).unsqueeze(1)).clamp_(min=0)[:, None, :, None]
+        as_they_are = bool((lengths == width).all())
         for layer, pair in enumerate(zip(keys, values, strict=True)):
             for half, prompts in enumerate(pair):
-                shifted = prompts.gather(2, source.expand_as(prompts))
+                shifted = prompts if as_they_are else prompts.gather(2, source.expand_as(prompts))
                 target = self.table[layer, half, first:, :, : self.filled]
                 target[:, :, : self.filled - width] = 0
                 target[:, :, self.filled - width :] = shifted.index_select(0, index)
@@ -149,8 +152,7 @@ class _Cache:
         first = int(self.starts.min())
         filled = max(self.filled - first, width)
         shift = filled - self.filled
-        present = self.table.shape[2]
-        layers, _, _, heads, _, size = self.table.shape
+        layers, _, present, heads, _, size = self.table.shape
         table = self.table.new_empty((layers, 2, present + rows, heads, filled + max_new_tokens, size))
         table[:, :, :present, :, : first + shift] = 0
         table[:, :, :present, :, first + shift : filled] = self.table[:, :, :, :, first : self.filled]
@@ -158,17 +160,25 @@ class _Cache:
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `Attention`: writes the present column and looks at all of them up to it."""
-        all_keys, all_values = self._layers[layer]
-        column, end = self.filled, self.filled + 1
-        all_keys[:, :, column] = keys
-        all_values[:, :, column] = values
-        bias = None if self._bias is None else self._bias[..., :end]
-        return attention_of_one(queries, all_keys[:, :, :end], all_values[:, :, :end], bias)
+        end = self.filled + 1
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        all_keys[:, :, self.filled] = keys
+        all_values[:, :, self.filled] = values
+        if not self._two_products:
+            bias = None if self._bias is None else self._bias[..., :end]
+            return attention(queries.unsqueeze(2), all_keys[:, :, :end], all_values[:, :, :end], bias).flatten(1)
+        # On a CPU the fused kernel cuts queries into blocks, of which a single one fills almost nothing: two products are faster.
+        _, heads, _, size = all_keys.shape
+        rows = queries.shape[0]
+        grouped = queries.reshape(rows * heads, -1, size)  # heads that share keys stand together
+        shared = self._nothing if self._bias is None else self._bias[..., :end].expand(-1, heads, -1, -1).flatten(0, 1)
+        beta = 0 if self._bias is None else 1
+        scores = torch.baddbmm(shared, grouped, self._keys_of_heads[layer][:, :, :end], beta=beta, alpha=size**-0.5)
+        return torch.bmm(scores.softmax(-1), self._values_of_heads[layer][:, :end]).view(rows, -1)
 
     def _look(self) -> None:
         """Works out the mask; there is none while every row begins at column 0."""
-        if bool((self.starts == 0).all()):
-            self._bias = None
-            return
-        columns = torch.arange(self.table.shape[4], device=self.table.device)
-        self._bias = additive(columns >= self.starts.unsqueeze(1), self.table.dtype)[:, None, None, :]
+        self._bias: Tensor | None = None
+        if bool((self.starts > 0).any()):
+            columns = torch.arange(self.table.shape[4], device=self.table.device)
+            self._bias = additive(columns >= self.starts.unsqueeze(1), self.table.dtype)[:, None, None, :]

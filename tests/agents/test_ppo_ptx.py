@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -139,21 +140,24 @@ def pretrained(task: Any, texts: list[list[int]]) -> CausalLMPolicy:
 def test_the_texts_stay_likely_where_ppo_forgets_them(task) -> None:
     """The same number of rewards for both; the model was trained on the texts before, and they begin as no prompt does."""
     texts = [[2, 3, 2, 3, 2, 3], [3, 1, 3, 1, 3, 1], [2, 2, 4]]
-    gain, nats = {}, {}
+    gains, nats = {}, {}
     for name, mix in {"ppo": {}, "ptx": {"ptx_coef": 3.0, "ptx_texts": texts, "ptx_batch_size": 3}}.items():
-        policy = pretrained(task, texts)
-        start = expected_reward(task.tree, policy).mean()
-        assert text_loss(policy, texts) < 0.3
-        task.reward.rows = 0
-        agent = PPO(policy, task.envs(96), 2e-3, beta=0.05, batch_size=48, gae_lambda=1.0, seed=0, **mix)
-        for _ in range(40):
-            agent.learn(1, reset_num_timesteps=False, log_interval=0)
-        assert task.reward.rows == 40 * 96
-        gain[name] = expected_reward(task.tree, policy).mean() - start
-        nats[name] = text_loss(policy, texts)
-    # On four seeds: 3.2 to 4.1 nats per token without the texts, 0.12 with them as at the start, and never less reward.
-    assert nats["ppo"] > 1.0 and nats["ptx"] < 0.3
-    assert gain["ptx"] > 0.8 * gain["ppo"] > 0.4
+        gains[name], nats[name] = [], []
+        for seed in range(4):
+            policy = pretrained(task, texts)
+            start = expected_reward(task.tree, policy).mean()
+            assert text_loss(policy, texts) < 0.3
+            task.reward.rows = 0
+            agent = PPO(policy, task.envs(96), 2e-3, beta=0.05, batch_size=48, gae_lambda=1.0, seed=seed, **mix)
+            for _ in range(40):
+                agent.learn(1, reset_num_timesteps=False, log_interval=0)
+            assert task.reward.rows == 40 * 96
+            gains[name].append(expected_reward(task.tree, policy).mean() - start)
+            nats[name].append(text_loss(policy, texts))
+    # On six seeds: 2.5 to 6.6 nats per token without the texts, 0.12 with them as at the start. The gain differs much from seed to seed, 0.01
+    # to 1.52 without and 0.73 to 1.15 with them; the means over four are 0.87 and 0.98.
+    assert min(nats["ppo"]) > 1.0 and max(nats["ptx"]) < 0.3
+    assert np.mean(gains["ptx"]) > 0.8 * np.mean(gains["ppo"]) > 0.4
 
 
 def text_loss(policy: CausalLMPolicy, texts: list[list[int]]) -> float:

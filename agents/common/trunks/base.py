@@ -1,7 +1,7 @@
 """What the trunks of all architectures have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -80,7 +80,7 @@ class Trunk(ABC):
         """Whether this model's configuration asks for nothing that the trunk does not do."""
 
     @abstractmethod
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Iterable[Any]:
         """The decoder layers."""
 
     @abstractmethod

@@ -111,26 +111,3 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
     """Scaled dot-product attention, (R, heads, queries, d), over as many or fewer key-value heads."""
     grouped = queries.shape[1] != keys.shape[1]
     return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
-
-
-def attention_of_one(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of one new token per row.
-
-    Args:
-        queries: (R, heads, d).
-        keys: (R, key-value heads, S, d).
-        values: the same.
-        bias: (R, 1, 1, S), or None.
-
-    Returns:
-        (R, heads * d).
-    """
-    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.float64):
-        return attention(queries.unsqueeze(2), keys, values, bias).flatten(1)
-    # On a CPU the fused kernel cuts queries into blocks, of which a single one fills almost nothing; two products are faster.
-    rows, heads, columns, size = keys.shape
-    grouped = queries.reshape(rows * heads, -1, size)
-    shared = grouped.new_empty(()) if bias is None else bias.expand(rows, heads, 1, columns).reshape(rows * heads, 1, columns)
-    beta = 0 if bias is None else 1
-    scores = torch.baddbmm(shared, grouped, keys.flatten(0, 1).transpose(1, 2), beta=beta, alpha=size**-0.5)
-    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(rows, -1)
