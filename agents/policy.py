@@ -46,6 +46,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         device: where the model goes; "auto" takes a GPU if there is one. A model that was loaded with a `device_map` is not moved.
         eos_token_ids: the ids that end a completion; by default the tokenizer's.
         decode_batch_size: completions that are sampled at a time where `generate` is not told otherwise; None: all of them.
+        autocast: mixed precision: the dtype of the model's matrix products, "bfloat16" or a `torch.dtype`; weights, norms, log-probs and
+            gradients stay what they are. None: that of the weights.
         seed: of the policy's own random generator, which serves whenever no seed or generator is given; None seeds it from the system.
 
     Attributes:
@@ -72,6 +74,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         device: torch.device | str = "auto",
         eos_token_ids: Sequence[int] | None = None,
         decode_batch_size: int | None = None,
+        autocast: torch.dtype | str | None = None,
         seed: int | None = None,
     ) -> None:
         if decode_batch_size is not None:
@@ -88,7 +91,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         if getattr(model, "hf_device_map", None) is None:
             model.to(get_device(device))
         self.model: Any = model
-        self.backbone = Backbone(model, self.vocab_size)
+        self.backbone = Backbone(model, self.vocab_size, autocast=_half_dtype(autocast))
         self._acting = ActingState()
         self._generator: torch.Generator | None = None
         self._seed = seed
@@ -135,7 +138,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
 
     def loading_arguments(self) -> dict[str, Any]:
         """What `from_pretrained` must be told to get the same distribution again from what `save_pretrained` wrote."""
-        return dataclasses.asdict(self.sampling)
+        precision = {} if self.backbone.autocast is None else {"autocast": str(self.backbone.autocast).removeprefix("torch.")}
+        return {**dataclasses.asdict(self.sampling), **precision}
 
     def reference(self) -> "CausalLMPolicy":
         """Returns a frozen copy; for a LoRA policy, the same weights with the adapter off, which needs no copy."""
@@ -143,7 +147,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             frozen = copy.copy(self)
             # nn.Module keeps its registries in dicts that a shallow copy would share.
             frozen._modules = dict(self._modules)
-            frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True)
+            frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True, autocast=self.backbone.autocast)
             frozen._acting, frozen._generator = ActingState(), None
         else:
             frozen = copy.deepcopy(self)
@@ -395,6 +399,14 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 tokens = draw(logits, uniforms)[0]
         actions = tokens.cpu().numpy()
         return (actions[0] if single else actions), acting
+
+
+def _half_dtype(autocast: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns the dtype that `autocast` names."""
+    dtype = getattr(torch, autocast, autocast) if isinstance(autocast, str) else autocast
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"`autocast` must be 'bfloat16', 'float16' or None, got {autocast!r}. None computes in the dtype of the weights.")
+    return dtype
 
 
 def _check_counts(**counts: int) -> None:

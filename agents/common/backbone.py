@@ -7,7 +7,7 @@ always given, logits beyond the tokenizer's vocabulary are removed, dropout is o
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Backbone:
         model: a transformers causal LM, or a peft model around one.
         vocab_size: V, `len(tokenizer)`; the model must have at least as many outputs.
         without_adapter: run with the LoRA adapter off (the frozen reference of a LoRA policy).
+        autocast: the dtype of matrix products, as `torch.autocast` has it; None for that of the weights.
 
     Attributes:
         model: as given.
@@ -36,10 +37,11 @@ class Backbone:
             (B, keys) one (sliding windows, linear biases, attention kernels other than sdpa and eager).
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, without_adapter: bool = False) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int, without_adapter: bool = False, autocast: torch.dtype | None = None) -> None:
         self.model: Any = model
         self.vocab_size = vocab_size
         self.without_adapter = without_adapter
+        self.autocast: torch.dtype | None = None  # what follows compares in the weights' own precision
         self._base = without_peft(model)
         self._trunk: Any = self._base.base_model
         head = self._base.get_output_embeddings()
@@ -55,6 +57,7 @@ class Backbone:
         self._rescale: Callable[[Tensor], Tensor] | None = None
         self.exact_head = self._find_rescaling()
         self._fast_trunk = find_trunk(self._trunk) if self.exact_head else None
+        self.autocast = autocast
 
     @property
     def config(self) -> Any:
@@ -112,7 +115,7 @@ class Backbone:
             inputs["past_key_values"] = cache
         if self._takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
-        with self.adapter():
+        with self.running():
             if self.exact_head:
                 states: Tensor = self._trunk(**inputs).last_hidden_state
                 return states
@@ -129,7 +132,7 @@ class Backbone:
         positions = layout.position_ids
         self.check_length(layout.input_ids.shape[1] if positions is None else int(positions.max()) + 1, "Scoring")
         if self.fast_trunk is not None:
-            with self.adapter():
+            with self.running():
                 states = run_trunk(self.fast_trunk, layout)
             return states, states
         attention = None if layout.visible is None else self.attention(layout.visible)
@@ -147,7 +150,7 @@ class Backbone:
             features = self.features(input_ids, position_ids, attention_mask)
             return features, features
         positions = {"position_ids": position_ids} if self._takes_positions and position_ids is not None else {}
-        with self.adapter():
+        with self.running():
             outputs = self._base(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True, **positions
             )
@@ -157,7 +160,7 @@ class Backbone:
         """Returns the logits over the tokenizer's vocabulary, (..., V), in the model's dtype."""
         if not self.exact_head or self._head is None:
             return features[..., : self.vocab_size]
-        with self.adapter():
+        with self.running():
             logits = self._head(features)[..., : self.vocab_size]
         return logits if self._rescale is None else self._rescale(logits)
 
@@ -181,12 +184,12 @@ class Backbone:
         """Returns transformers' own growing cache for this architecture."""
         return DynamicCache(config=self.config)
 
-    def adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Switches the LoRA adapter off for a while, where the model is to run without it."""
-        if not self.without_adapter:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[None] = self.model.disable_adapter()
-        return context
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What the model runs in: the dtype of `autocast`, and without its adapter where it is to run without one."""
+        adapter = self.model.disable_adapter() if self.without_adapter else contextlib.nullcontext()
+        with adapter, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            yield
 
     @torch.no_grad()
     def _find_rescaling(self) -> bool:

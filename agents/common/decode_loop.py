@@ -49,12 +49,14 @@ def decode(
         B * `num_generations` rows.
     """
     backbone.without_dropout()
-    loop = _DecodeLoop(backbone, prompt_ids, prompt_lengths, options, generator, to_texts)
     # Inference mode spares every operation some bookkeeping. Models that this package does not run itself, and masks of others', may not
     # expect it.
     own = backbone.fast_trunk is not None and (options.action_mask is None or isinstance(options.action_mask, Tensor))
-    with torch.inference_mode() if own else torch.no_grad():
-        loop.run()
+    # All in one `running`, because autocast keeps its copies of the weights no longer than that.
+    with backbone.running():
+        loop = _DecodeLoop(backbone, prompt_ids, prompt_lengths, options, generator, to_texts)
+        with torch.inference_mode() if own else torch.no_grad():
+            loop.run()
     return loop.result()
 
 

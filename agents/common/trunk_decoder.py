@@ -44,7 +44,7 @@ class TrunkDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder`."""
-        with self._backbone.adapter():
+        with self._backbone.running():
             states = self._trunk(tokens, self._next_position, self._cache)
         self._cache.filled += 1
         self._next_position += 1
@@ -75,7 +75,7 @@ class TrunkDecoder:
         grid = Grid.of(columns < prompt_lengths.unsqueeze(1))
         attend = _Remembering(grid)
         self._trunk.prepare(width + self._max_new_tokens)
-        with self._backbone.adapter():
+        with self._backbone.running():
             states = self._trunk(grid.line(prompt_ids.gather(1, source)), grid.line(columns.expand(rows, -1)), attend)
         ends = grid.index(torch.arange(rows, device=prompt_ids.device), prompt_lengths - 1)
         return states.index_select(0, ends), attend.keys, attend.values
@@ -120,7 +120,7 @@ class _Cache:
     def empty(cls, keys: list[Tensor], values: list[Tensor], rows: int, width: int, max_new_tokens: int) -> "_Cache":
         """Makes room for `rows` rows of prompts up to `width` tokens."""
         heads, size = keys[0].shape[1], keys[0].shape[3]
-        table = keys[0].new_empty((len(keys), 2, rows, heads, width + max_new_tokens, size))
+        table = values[0].new_empty((len(keys), 2, rows, heads, width + max_new_tokens, size))
         return cls(table, torch.zeros(rows, dtype=torch.int64, device=table.device), width)
 
     def put(self, first: int, keys: list[Tensor], values: list[Tensor], lengths: Tensor, index: Tensor) -> None:

@@ -154,8 +154,8 @@ def test_the_texts_stay_likely_where_ppo_forgets_them(task) -> None:
             assert task.reward.rows == 40 * 96
             gains[name].append(expected_reward(task.tree, policy).mean() - start)
             nats[name].append(text_loss(policy, texts))
-    # On six seeds: 2.5 to 6.6 nats per token without the texts, 0.12 with them as at the start. The gain differs much from seed to seed, 0.01
-    # to 1.52 without and 0.73 to 1.15 with them; the means over four are 0.87 and 0.98.
+    # On six seeds: 2.5 to 6.6 nats per token without the texts, 0.12 with them as at the start. The gain differs much from seed to seed,
+    # 0.01 to 1.52 without and 0.73 to 1.15 with them; the means over four are 0.87 and 0.98.
     assert min(nats["ppo"]) > 1.0 and max(nats["ptx"]) < 0.3
     assert np.mean(gains["ptx"]) > 0.8 * np.mean(gains["ppo"]) > 0.4
 

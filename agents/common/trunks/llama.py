@@ -76,6 +76,8 @@ class LlamaTrunk(Trunk):
 
     def for_decoding(self) -> Trunk:
         """See `Trunk`: a small model's step is short of work and long of operations, so it gets fewer."""
+        if torch.is_autocast_enabled(self.model.device.type):
+            return self  # there are no complex numbers of half precision
         small = sum(parameter.numel() for parameter in self.model.layers.parameters()) <= LARGEST_MERGED
         return _DecodingLlamaTrunk(self) if small and all(_is_mergeable(layer) for layer in self.model.layers) else self
 
@@ -118,7 +120,7 @@ class _DecodingLlamaTrunk(LlamaTrunk):
         assert self._angles is not None, "`prepare` comes first"
         return self.model.embed_tokens(ids), self._angles.index_select(0, positions)
 
-    def run_layer(self, index: int, layer: Any, states: Tensor, context: Any, attend: Attention) -> Tensor:
+    def run_layer(self, index: int, layer: "_LayerWeights", states: Tensor, context: Any, attend: Attention) -> Tensor:
         """See `Trunk`."""
         normed = torch.rms_norm(states, layer.shape, layer.first_norm, layer.eps)
         heads = functional.linear(normed, layer.attention, layer.attention_bias).view(states.shape[0], -1, self.head_size)

@@ -110,4 +110,8 @@ class BranchesAttention:
 def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention, (R, heads, queries, d), over as many or fewer key-value heads."""
     grouped = queries.shape[1] != keys.shape[1]
+    if not queries.dtype == keys.dtype == values.dtype:  # autocast: products are in half precision, and turning by positions is not
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+    if bias is not None and bias.dtype != values.dtype:
+        bias = bias.to(values.dtype)
     return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
