@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.captured_step import CAPTURES
 from textgym.agents.common.decoders import Decoder, make_decoder
 from textgym.agents.common.generation import DecodeOptions, Generation, without_filler
 from textgym.agents.common.sampling import (
@@ -20,7 +21,8 @@ from textgym.agents.common.sampling import (
 )
 from textgym.tokenizers import Decode
 
-ENDED_WORTH_DROPPING = 1 / 4  # of the rows in the batch; below, moving the caches costs more than the rows
+# Of the rows in the batch; below, moving the caches costs more than the rows, and so does capturing steps anew where they are captured.
+ENDED_WORTH_DROPPING, WORTH_CAPTURING_ANEW = 1 / 4, 1 / 2
 
 
 @torch.no_grad()
@@ -209,7 +211,8 @@ class _DecodeLoop:
 
     def _should_drop(self, ended: int) -> bool:
         waiting = self._next_row < self._num_rows and self._masker is None and self._decoder.admits
-        return ended > 0 and ended >= ENDED_WORTH_DROPPING * len(self._finished) / (2 if waiting else 1)
+        share = WORTH_CAPTURING_ANEW if self._place.device.type in CAPTURES else ENDED_WORTH_DROPPING
+        return ended > 0 and ended >= share * len(self._finished) / (2 if waiting else 1)
 
     def _drop(self, ended: Tensor, tokens: Tensor) -> Tensor:
         """Goes on without the rows that are known to have ended, (rows,) bool; returns the tokens of the others."""

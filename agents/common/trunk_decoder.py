@@ -2,6 +2,9 @@
 
 All rows write the same column at a step, whatever their lengths: a row stands with its end at that column and with padding before its
 beginning. So a step writes one contiguous slice per layer, and rows that begin later, in the place of finished ones, fit in.
+
+Where steps can be captured (`captured_step`), all that a step reads and writes stays in place from one change of the rows to the next: the
+column is a tensor, and attention looks at the whole table under a mask. Elsewhere it looks at the columns in use.
 """
 
 from typing import ClassVar
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.captured_step import CAPTURES, RepeatedStep
 from textgym.agents.common.trunks import Trunk, additive
 from textgym.agents.common.trunks.rows_attention import Grid, RowsAttention, attention
 
@@ -41,21 +45,42 @@ class TrunkDecoder:
         self._next_position = lengths.clone()
         self._cache = _Cache.empty(keys, values, len(index), prompt_ids.shape[1], max_new_tokens)
         self._cache.put(0, keys, values, prompt_lengths, index)
+        self._settle()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoder`."""
+        """See `Decoder`; where steps are captured, the logits stand where those before them stood."""
+        if self._repeated is None:
+            self.logits = self._run(tokens)
+        else:
+            self._tokens.copy_(tokens)
+            self._repeated()
+        self._cache.filled += 1
+        return self.logits
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        self._cache.begin_step()
         with self._backbone.running():
             states = self._trunk(tokens, self._next_position, self._cache)
-        self._cache.filled += 1
         self._next_position += 1
-        self.logits = self._backbone.logits(states)
-        return self.logits
+        return self._backbone.logits(states)
+
+    def _run_in_place(self) -> None:
+        self.logits.copy_(self._run(self._tokens))
+
+    def _settle(self) -> None:
+        """The rows are what they will be for a while: fixes the places of what steps read and write, if steps are captured here."""
+        self._repeated: RepeatedStep | None = None
+        if self._cache.captured:
+            self.logits = self.logits.clone()
+            self._tokens = torch.zeros_like(self._next_position)
+            self._repeated = RepeatedStep(self._run_in_place, self.logits.device)
 
     def select(self, rows: Tensor) -> None:
         """See `Decoder`."""
         self._cache = self._cache.select(rows)
         self._next_position = self._next_position.index_select(0, rows)
         self.logits = self.logits.index_select(0, rows)
+        self._settle()
 
     def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
         """See `Decoder`."""
@@ -66,6 +91,7 @@ class TrunkDecoder:
         self._cache.put(present, keys, values, prompt_lengths, index)
         self._next_position = torch.cat((self._next_position, lengths))
         self.logits = torch.cat((self.logits, self._backbone.logits(states.index_select(0, index))))
+        self._settle()
 
     def _prefill(self, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Runs prompts (B, P); returns the states at their ends, (B, H), and per layer keys and values, (B, heads, P, d), from column 0."""
@@ -114,6 +140,11 @@ class _Cache:
         self._values_of_heads = [values.flatten(0, 1) for values in self._values]
         self._two_products = table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64)
         self._nothing = table.new_zeros(())
+        self.captured = table.device.type in CAPTURES
+        if self.captured:
+            # What is behind the columns in use is looked at under the mask, so it must be numbers.
+            table[..., filled:, :] = 0
+            self._column = torch.full((1,), filled, dtype=torch.int64, device=table.device)
         self._look()
 
     @classmethod
@@ -162,6 +193,12 @@ class _Cache:
         """See `Attention`: writes the present column and looks at all of them up to it."""
         end = self.filled + 1
         all_keys, all_values = self._keys[layer], self._values[layer]
+        if self.captured:
+            all_keys.index_copy_(2, self._column, keys.unsqueeze(2).to(all_keys.dtype))
+            all_values.index_copy_(2, self._column, values.unsqueeze(2).to(all_values.dtype))
+            if layer == len(self._keys) - 1:
+                self._column += 1
+            return attention(queries.unsqueeze(2), all_keys, all_values, self._bias).flatten(1)
         all_keys[:, :, self.filled] = keys
         all_values[:, :, self.filled] = values
         if not self._two_products:
@@ -176,9 +213,18 @@ class _Cache:
         scores = torch.baddbmm(shared, grouped, self._keys_of_heads[layer][:, :, :end], beta=beta, alpha=size**-0.5)
         return torch.bmm(scores.softmax(-1), self._values_of_heads[layer][:, :end]).view(rows, -1)
 
+    def begin_step(self) -> None:
+        """The present column becomes visible."""
+        if self.captured:
+            assert self._bias is not None, "there is always one where steps are captured"
+            self._bias.index_fill_(3, self._column, 0)
+
     def _look(self) -> None:
-        """Works out the mask; there is none while every row begins at column 0."""
+        """Works out the mask; without capturing there is none while every row begins at column 0."""
         self._bias: Tensor | None = None
-        if bool((self.starts > 0).any()):
+        if self.captured or bool((self.starts > 0).any()):
             columns = torch.arange(self.table.shape[4], device=self.table.device)
-            self._bias = additive(columns >= self.starts.unsqueeze(1), self.table.dtype)[:, None, None, :]
+            visible = columns >= self.starts.unsqueeze(1)
+            if self.captured:
+                visible &= columns < self.filled
+            self._bias = additive(visible, self.table.dtype)[:, None, None, :]

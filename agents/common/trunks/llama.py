@@ -153,7 +153,8 @@ def _merged(block: Any, name: str, head_size: int) -> Tensor:
 
     def in_turns(rows: Tensor) -> Tensor:
         """The rows of each head in the order 0, d/2, 1, d/2 + 1, ..."""
-        return rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+        turned: Tensor = rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+        return turned
 
     queries, keys, values = (getattr(module, name) for module in (block.q_proj, block.k_proj, block.v_proj))
     return torch.cat((in_turns(queries), in_turns(keys), values))
