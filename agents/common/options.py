@@ -61,8 +61,11 @@ class AgentOptions(CommonOptions, total=False):
 
 
 def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """The default optimiser: Adam with eps 1e-5; its learning rate is set before every update."""
-    return torch.optim.Adam(parameters, lr=0.0, eps=1e-5)
+    """The default optimiser: Adam with eps 1e-5, in one kernel where there is one; its learning rate is set before every update."""
+    groups = list(parameters)
+    tensors = [tensor for group in groups for tensor in (group["params"] if isinstance(group, dict) else [group])]
+    fused = all(tensor.device.type in ("cpu", "cuda") and tensor.is_floating_point() for tensor in tensors)
+    return torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=fused)
 
 
 COMMON_DEFAULTS: CommonOptions = {
