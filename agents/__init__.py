@@ -9,12 +9,14 @@ from typing import Any
 _HOMES = {
     "AdaptiveKLController": "textgym.kl",
     "BestOfN": "textgym.agents.best_of_n",
+    "CachedEngine": "textgym.agents.engines",
     "CausalLMPolicy": "textgym.agents.policy",
     "ComparisonReport": "textgym.agents.comparison",
     "DPO": "textgym.agents.dpo",
     "DQN": "textgym.agents.dqn",
     "Evaluation": "textgym.agents.common.evaluation",
     "GRPO": "textgym.agents.grpo",
+    "GenerationEngine": "textgym.agents.engines",
     "HeldOut": "textgym.agents.common.held_out",
     "KTO": "textgym.agents.kto",
     "NLPO": "textgym.agents.nlpo",
@@ -29,6 +31,7 @@ _HOMES = {
     "RewardModelTrainer": "textgym.agents.reward_model_trainer",
     "SFT": "textgym.agents.sft",
     "Sampling": "textgym.agents.common.sampling",
+    "TransformersEngine": "textgym.agents.engines",
     "ValueHead": "textgym.agents.common.value_heads",
     "ValueModel": "textgym.agents.common.value_heads",
     "WinRateEvaluation": "textgym.agents.common.win_rate_evaluation",
@@ -36,6 +39,7 @@ _HOMES = {
     "evaluate_policy": "textgym.agents.common.evaluation",
     "keep_best": "textgym.agents.rejection_sampling",
     "perplexity": "textgym.agents.common.perplexity",
+    "scored_generation": "textgym.agents.engines",
 }
 
 __all__ = sorted(_HOMES)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.action_masks import ActionMasker, PolicyMask
 from textgym.agents.common.backbone import Backbone
-from textgym.agents.common.decode_loop import decode
 from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
@@ -23,6 +22,7 @@ from textgym.agents.common.prompt_batches import Prompts, encode
 from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.token_mask import TokenMask
+from textgym.agents.engines import CachedEngine, GenerationEngine
 from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
 
 Array = npt.NDArray[Any]
@@ -48,6 +48,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         decode_batch_size: completions that are sampled at a time where `generate` is not told otherwise; None: all of them.
         autocast: mixed precision: the dtype of the model's matrix products, "bfloat16" or a `torch.dtype`; weights, norms, log-probs and
             gradients stay what they are. None: that of the weights.
+        engine: samples completions in the place of the built-in decode loop; None: that loop, `CachedEngine()`.
         seed: of the policy's own random generator, which serves whenever no seed or generator is given; None seeds it from the system.
 
     Attributes:
@@ -57,6 +58,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         sampling: the distribution, a `Sampling`.
         eos_token_ids: tuple of int.
         fill_token_id: what stands past the end of a completion; nothing depends on it.
+        engine: the `GenerationEngine` that `generate` calls; shared with references, and no part of what `save_pretrained` writes.
         frozen: True for a reference: it is never scored with gradients.
         mask: a `TokenMask` that says which tokens are legal in each state, before any truncation; a part of the distribution like
             `sampling`, and like it no part of what `save_pretrained` writes. None allows every token. `NLPO` sets it.
@@ -75,12 +77,14 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         eos_token_ids: Sequence[int] | None = None,
         decode_batch_size: int | None = None,
         autocast: torch.dtype | str | None = None,
+        engine: GenerationEngine | None = None,
         seed: int | None = None,
     ) -> None:
         if decode_batch_size is not None:
             _check_counts(decode_batch_size=decode_batch_size)
         super().__init__()
         self.decode_batch_size = decode_batch_size
+        self.engine = CachedEngine() if engine is None else engine
         self.sampling = Sampling(temperature, top_k, top_p, min_p)
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
@@ -150,7 +154,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True, autocast=self.backbone.autocast)
             frozen._acting, frozen._generator = ActingState(), None
         else:
-            frozen = copy.deepcopy(self)
+            frozen = copy.deepcopy(self, {id(self.engine): self.engine})  # an engine may hold what no copy can be made of
             frozen.requires_grad_(False)
         frozen.frozen, frozen.mask = True, None
         return frozen
@@ -303,7 +307,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ()),
             action_mask=self.mask.masker() if action_mask is None and self.mask is not None else action_mask,
         )
-        return decode(self.backbone, prompt_ids, prompt_lengths, options, generator or self.generator, self.decode_texts)
+        return self.engine.generate(self, prompt_ids, prompt_lengths, options, generator or self.generator)
 
     def kept_mask(self, sampling: Sampling) -> PolicyMask:
         """Returns an `ActionMasker` of the tokens that this policy keeps under `sampling`, for `action_mask` of another one."""

@@ -92,7 +92,7 @@ class _DecodeLoop:
         self._not_eos = torch.ones(backbone.vocab_size, dtype=torch.bool, device=device)
         self._not_eos[self._eos] = False
         self._masker = None if options.action_mask is None or isinstance(options.action_mask, Tensor) else options.action_mask
-        self._fixed_mask = _checked_mask(options.action_mask, prompt_ids, backbone.vocab_size)
+        self._fixed_mask = fixed_mask(options.action_mask, prompt_ids, backbone.vocab_size)
         self._ids = torch.full((steps * rows + 1,), options.fill_token_id, dtype=torch.int64, device=device)
         self._log_probs = torch.zeros(steps * rows + 1, dtype=torch.float32, device=device)
         self._drawn = torch.zeros(steps * rows + 1, dtype=torch.bool, device=device)
@@ -275,7 +275,7 @@ class _DecodeLoop:
         self._stopped[rows] = found
 
 
-def _checked_mask(mask: object, prompt_ids: Tensor, vocab_size: int) -> Tensor | None:
+def fixed_mask(mask: object, prompt_ids: Tensor, vocab_size: int) -> Tensor | None:
     """Returns a mask that stays the same, (V,) or (B, V) bool; None where there is none, or one that follows the rows."""
     if not isinstance(mask, Tensor):
         return None

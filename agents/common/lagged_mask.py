@@ -32,7 +32,7 @@ class LaggedMask(ModelMask):
     def __init__(self, policy: CausalLMPolicy, top_p: float, min_tokens_to_keep: int = 1, always: Sequence[int] = ()) -> None:
         # What is in the memo is not copied.
         shared = [tensor for tensor in chain(policy.parameters(), policy.buffers()) if not tensor.requires_grad]
-        lagged: CausalLMPolicy = copy.deepcopy(policy, {id(item): item for item in (policy.tokenizer, *shared)})
+        lagged: CausalLMPolicy = copy.deepcopy(policy, {id(item): item for item in (policy.tokenizer, policy.engine, *shared)})
         twins = zip(policy.model.named_parameters(), lagged.model.parameters(), strict=True)
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
             name: (source, twin) for (name, source), twin in twins if source.requires_grad
