@@ -156,7 +156,7 @@ class TransformersEngine:
         # transformers takes from there whatever is None in the configuration it is given.
         model.generation_config = GenerationConfig()
         try:
-            with policy.backbone.adapter():
+            with policy.backbone.running():
                 whole: Tensor = model.generate(
                     input_ids=prompts,
                     attention_mask=visible.long(),
