@@ -29,6 +29,7 @@ from textgym.agents.common.critic import Critic, CriticSpec
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.progress import ProgressCallback
 from textgym.agents.common.schedules import as_schedule
+from textgym.agents.common.value_heads import ValueModel
 from textgym.agents.policy import CausalLMPolicy
 
 
@@ -77,6 +78,8 @@ class Agent(BaseAlgorithm):
     saved_arguments: ClassVar[tuple[str, ...]] = (
         "learning_rate",
         "micro_batch_size",
+        "micro_batch_tokens",
+        "gradient_checkpointing",
         "max_grad_norm",
         "tensorboard_log",
         "verbose",
@@ -118,7 +121,10 @@ class Agent(BaseAlgorithm):
         self.policy, self.reference = policy, reference
         self.critic = None if critic is None else Critic.build(policy, critic, seed)
         self.critic_learning_rate = None if critic_learning_rate is None else as_schedule("critic_learning_rate", critic_learning_rate)
-        self.micro_batch_size = settings["micro_batch_size"]
+        self.micro_batch_size, self.micro_batch_tokens = settings["micro_batch_size"], settings["micro_batch_tokens"]
+        self.gradient_checkpointing = settings["gradient_checkpointing"]
+        if self.gradient_checkpointing:
+            self._checkpoint_gradients()
         self.max_grad_norm = settings["max_grad_norm"]
         self.stats_window_size = settings["stats_window_size"]
         self.evaluation = settings["evaluation"]
@@ -144,6 +150,21 @@ class Agent(BaseAlgorithm):
         """The policy's parameters, and in a second group the critic's where the algorithm has one."""
         modules: list[Any] = [self.policy, *([self.critic] if self.critic is not None else [])]
         return [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+
+    def _checkpoint_gradients(self) -> None:
+        """Turns gradient checkpointing on in all that is trained."""
+        trunks = {f"`{self.trained}`": self.policy.backbone.fast_trunk if isinstance(self.policy, CausalLMPolicy) else None}
+        if self.critic is not None and isinstance(self.critic.network, ValueModel):
+            trunks["`critic`"] = self.critic.network.fast_trunk
+        for name, trunk in trunks.items():
+            if trunk is None:
+                raise ValueError(
+                    f"`gradient_checkpointing` must be False for a {name} that transformers runs, not this package, got True: transformers "
+                    "checkpoints in training mode only, in which no model is here. Bound the memory with `micro_batch_tokens`."
+                )
+        for trunk in trunks.values():
+            assert trunk is not None
+            trunk.checkpoint_gradients()
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters the optimiser updates: the policy's, and the critic's where the algorithm has one."""

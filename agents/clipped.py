@@ -196,7 +196,7 @@ class ClippedAgent(OnlineAgent):
     def estimate(self, rollout: RolloutBatch) -> tuple[RolloutScores, Tensor]:
         """Scores a rollout under the policy that sampled it, and returns the scores and the advantages Â, (B, T)."""
         cut = bool(rollout.truncated.any())
-        scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, end_values=cut)
+        scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens, end_values=cut)
         assert scores.values is not None
         advantages = generalized_advantages(
             self.shaped_rewards(rollout),

@@ -126,7 +126,7 @@ class GRPO(OnlineAgent):
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_old of the tokens by the training pass, (B, T), so that the first ratio is 1 in any precision."""
-        return score_in_parts(self.policy, rollout, part_size=self.micro_batch_size).log_probs
+        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
 
     def max_length(self, rollout: RolloutBatch) -> int:
         """The most tokens that a completion can have: the columns that the observation leaves it."""

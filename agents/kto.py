@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
+from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.implicit_reward import ImplicitReward
 from textgym.agents.common.offline_batches import ExampleBatch, ExampleSet
@@ -123,9 +124,9 @@ class KTO(OfflineAgent):
             fits = examples.prompts.lengths[prompts] + examples.completions.lengths[completions] <= limit
             prompts, completions = prompts[fits], completions[fits]
         total = 0.0
-        size = self.micro_batch_size or len(rows)
-        for start in range(0, len(prompts), size):
-            batch = examples.pair(prompts[start : start + size], completions[start : start + size], self.policy.device)
+        lengths = torch.from_numpy(examples.prompts.lengths[prompts] + examples.completions.lengths[completions])
+        for part in micro_batches(lengths, self.micro_batch_size or len(rows), self.micro_batch_tokens):
+            batch = examples.pair(prompts[part.numpy()], completions[part.numpy()], self.policy.device)
             total += float((self.score(self.policy, batch) - self.score(self.reference, batch)).sum())
         return max(0.0, total / max(len(prompts), 1))
 

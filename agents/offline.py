@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
+from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet
 from textgym.agents.common.offline_rows import Example, read_examples
@@ -156,7 +157,9 @@ class OfflineAgent(OfflineLearner):
             return
         found = torch.empty(examples.num_completions)
         longest_first = np.argsort(-examples.completions.lengths, kind="stable")  # completions of one length need no padding
-        for places in np.split(longest_first, range(SCORED_AT_ONCE, len(longest_first), SCORED_AT_ONCE)):
+        lengths = torch.from_numpy(examples.pair_lengths[longest_first])
+        for part in micro_batches(lengths, SCORED_AT_ONCE, self.micro_batch_tokens):
+            places = longest_first[part.numpy()]
             batch = examples.completion_batch(places, self.policy.device)
             found[torch.from_numpy(places)] = self.score(self.reference, batch).sum(1).cpu()
         examples.reference_log_probs = found

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from textgym.agents.base import Agent
+from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.options import CommonOptions, with_common_defaults
@@ -37,9 +38,12 @@ class DataSet(Protocol):
 
     Attributes:
         num_tokens: (N,) int64, what each example adds to `num_timesteps`.
+        pass_tokens: (N,) int64, what each example takes of a pass at most: its longest text, prompt included, times the texts that one
+            example has at most.
     """
 
     num_tokens: Tensor
+    pass_tokens: Tensor
 
     def __len__(self) -> int:
         """N."""
@@ -217,7 +221,7 @@ class OfflineLearner(Agent):
         metrics: dict[str, float] = {}
 
         def losses() -> Iterator[Tensor]:
-            for share in self.shares(examples, rows, self.micro_batch_size or len(rows)):
+            for share in self.shares(examples, rows, self.micro_batch_size):
                 _add(metrics, share)
                 yield share.loss
 
@@ -226,11 +230,11 @@ class OfflineLearner(Agent):
         for name, value in metrics.items():
             self.logger.record_mean(name, value)
 
-    def shares(self, examples: Any, rows: Tensor, size: int) -> Iterator[Share]:
-        """Yields what each `size` of the examples `rows` add to the minibatch that those are."""
+    def shares(self, examples: Any, rows: Tensor, size: int | None) -> Iterator[Share]:
+        """Yields what each `size` of the examples `rows`, or fewer, add to the minibatch that those are."""
         share_of = self.minibatch_loss(examples, rows)
-        for micro_rows in rows.split(size):
-            yield share_of(examples.select(micro_rows, self.policy.device))
+        for part in micro_batches(examples.pass_tokens[rows], size, self.micro_batch_tokens):
+            yield share_of(examples.select(rows[part], self.policy.device))
 
     @abstractmethod
     def minibatch_loss(self, examples: Any, rows: Tensor) -> MicroBatchShare:

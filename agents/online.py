@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from textgym.agents.base import Agent
-from textgym.agents.common.batches import RolloutBatch
+from textgym.agents.common.batches import RolloutBatch, micro_batches
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import CriticSpec
 from textgym.agents.common.environments import as_vector_env, attribute
@@ -232,7 +232,7 @@ class OnlineAgent(Agent):
 
     def with_reference(self, rollout: RolloutBatch) -> RolloutBatch:
         """Adds the reference's log-probs, and the KL per sequence that follows from them: no wrapper has measured it."""
-        log_probs = reference_log_probs(self.reference, rollout, self.micro_batch_size)
+        log_probs = reference_log_probs(self.reference, rollout, self.micro_batch_size, self.micro_batch_tokens)
         return replace(rollout, reference_log_probs=log_probs, kl_per_sequence=(rollout.log_probs - log_probs).sum(1))
 
     def _next_prompts(self) -> IntArray | None:
@@ -279,10 +279,14 @@ class OnlineAgent(Agent):
         sequences, tokens = len(rows), int(rollout.lengths[rows].sum())
 
         def losses() -> Iterator[Tensor]:
-            for micro_rows in rows.split(self.micro_batch_size or len(rows)):
+            for micro_rows in self.micro_batches(rollout, rows):
                 yield loss(rollout.select(micro_rows), micro_rows, sequences, tokens)
 
         return self.step(chain(losses(), extra_losses), proceed)
+
+    def micro_batches(self, rollout: RolloutBatch, rows: Tensor) -> list[Tensor]:
+        """Splits a minibatch, rows of a rollout, into those of its passes."""
+        return [rows[part] for part in micro_batches(rollout.pass_tokens[rows], self.micro_batch_size, self.micro_batch_tokens)]
 
     def progress_text(self, shown: dict[str, Any]) -> str:
         """What the progress bar says: reward and KL of the last rollout."""

@@ -68,7 +68,9 @@ class PPO(ClippedAgent):
 
     def pretraining_losses(self) -> Iterable[Tensor]:
         """The term −γ_ptx E log π of the next batch of texts, in micro-batches; nothing without texts."""
-        return () if self.pretraining is None else self.pretraining.losses(self.policy, self.micro_batch_size, self.logger)
+        if self.pretraining is None:
+            return ()
+        return self.pretraining.losses(self.policy, self.micro_batch_size, self.logger, self.micro_batch_tokens)
 
     def extra_state(self) -> dict[str, Any]:
         """Where it stands in the pretraining texts."""

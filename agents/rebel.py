@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from textgym.agents.common.advantages import whole_returns
-from textgym.agents.common.batches import RolloutBatch, minibatches
+from textgym.agents.common.batches import RolloutBatch, micro_batches, minibatches
 from textgym.agents.common.checks import check_count, check_generations, check_number
 from textgym.agents.common.losses import ratio_diagnostics, rebel_loss
 from textgym.agents.common.options import AgentOptions
@@ -42,7 +42,8 @@ class REBEL(OnlineAgent):
         eta: η, in nats per reward: how far one rollout moves the policy.
         n_epochs: passes over each rollout.
         batch_size: completions per optimiser step, a multiple of `num_generations`: groups stay whole (default: the whole rollout).
-        **options: see `AgentOptions`; `num_generations` is at least 2, by default 2. A `micro_batch_size` is rounded up to whole groups.
+        **options: see `AgentOptions`; `num_generations` is at least 2, by default 2. A `micro_batch_size` is rounded up to whole groups,
+            and `micro_batch_tokens` holds a group at least.
 
     Raises:
         ValueError: an argument breaks one of the rules above.
@@ -105,10 +106,17 @@ class REBEL(OnlineAgent):
                 rows = (chosen[:, None] * group + torch.arange(group)).flatten()  # (P,) -> (P * G,)
                 self.update(rollout, loss, rows)
 
+    def micro_batches(self, rollout: RolloutBatch, rows: Tensor) -> list[Tensor]:
+        """Splits a minibatch into passes of whole groups."""
+        groups = rows.view(-1, rollout.num_generations)
+        lengths = rollout.num_generations * rollout.pass_tokens[groups].amax(1)
+        size = None if self.micro_batch_size is None else self.micro_batch_size // rollout.num_generations
+        return [groups[part].flatten() for part in micro_batches(lengths, size, self.micro_batch_tokens)]
+
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_t of the tokens by the training pass, (B, T), so that the first log-ratio is 0 in any precision."""
-        return score_in_parts(self.policy, rollout, part_size=self.micro_batch_size).log_probs
+        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
 
     def loss(self, batch: RolloutBatch, old_log_probs: Tensor, returns: Tensor, *, sequences: int) -> Tensor:
         """The share of one micro-batch of whole groups in the loss of its minibatch of `sequences` completions.

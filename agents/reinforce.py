@@ -200,10 +200,10 @@ class REINFORCE(OnlineAgent):
         """Returns the old log-probs (by the training pass where `rescore`) and the baselines b_t, each (B, T)."""
         old_log_probs, values = rollout.log_probs, None
         if rescore:
-            scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size)
+            scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens)
             old_log_probs, values = scores.log_probs, scores.values
         elif self.critic is not None:
-            values = values_in_parts(self.policy, rollout, self.critic, self.micro_batch_size)
+            values = values_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens)
         return old_log_probs, self.baselines(rollout, returns, values)
 
     def baselines(self, rollout: RolloutBatch, returns: Tensor, values: Tensor | None) -> Tensor:

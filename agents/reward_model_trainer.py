@@ -17,6 +17,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
+from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_choice, check_count, check_number
 from textgym.agents.common.feedback_sets import FeedbackBatch, FeedbackSet, Group, read_entry
 from textgym.agents.common.options import CommonOptions
@@ -245,7 +246,7 @@ class RewardModelTrainer(OfflineLearner):
         columns: list[list[np.ndarray]] = [[], [], [], []]
         clusters: list[str] = []
         rewards = []
-        for rows in torch.arange(len(data)).split(self.micro_batch_size or SCORED_AT_ONCE):
+        for rows in micro_batches(data.pass_tokens, self.micro_batch_size or SCORED_AT_ONCE, self.micro_batch_tokens):
             batch = data.select(rows, self.policy.device)
             lengths = (batch.ends - (batch.starts if self.policy.per_token else 0) - median)[:, None].float()
             by_column = lengths.expand(-1, self.policy.num_outputs).clone()

@@ -97,7 +97,7 @@ class RLOO(OnlineAgent):
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_old of the tokens by the training pass, (B, T), so that the first ratio is 1 in any precision."""
-        return score_in_parts(self.policy, rollout, part_size=self.micro_batch_size).log_probs
+        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
 
     def loss(self, batch: RolloutBatch, rewards: Tensor, baselines: Tensor, old_log_probs: Tensor | None, *, sequences: int) -> Tensor:
         """The share of one micro-batch in the loss of its minibatch of `sequences` completions.

@@ -80,6 +80,13 @@ class RolloutBatch:
         return int(self.lengths.sum())
 
     @property
+    def pass_tokens(self) -> Tensor:
+        """(B,) int64, the tokens that a pass over each row reads at most, prompt included; a closed-loop row is read once per step."""
+        if self.steps is None:
+            return self.prompt_lengths + self.lengths
+        return (self.lengths + 1) * self.steps.input_ids.shape[2]
+
+    @property
     def returns(self) -> Tensor:
         """(B,) the undiscounted sum of `rewards`."""
         return self.rewards.sum(1)
@@ -116,6 +123,32 @@ class RolloutBatch:
             steps = StepObservations(torch.cat([p.input_ids for p in parts]), torch.cat([p.attention_mask for p in parts]))
         infos = [info for b in batches for info in b.infos]
         return replace(batches[0], **joined, steps=steps, infos=infos)
+
+
+def micro_batches(lengths: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:
+    """Splits rows into parts that are run one after the other.
+
+    Args:
+        lengths: tokens of each row, prompt included, (B,) int64.
+        size: rows of a part, at most; None for no bound.
+        tokens: tokens of a part, padding included: its longest row times its rows, at most; a longer row is a part by itself. None for no
+            bound.
+
+    Returns:
+        Index tensors on the CPU that hold each row once: in the rows' own order, or, with `tokens`, the longest first (rows of the same
+        length in their own order), so that rows of like length stand together.
+    """
+    count = len(lengths)
+    size = size or max(1, count)
+    if tokens is None:
+        return list(torch.arange(count).split(size)) if count else []
+    order = lengths.cpu().argsort(descending=True, stable=True)
+    parts, start = [], 0
+    while start < count:
+        fitting = max(1, tokens // max(1, int(lengths[order[start]])))
+        parts.append(order[start : start + min(size, fitting)])
+        start += len(parts[-1])
+    return parts
 
 
 def minibatches(count: int, batch_size: int, generator: np.random.Generator) -> Iterator[Tensor]:

@@ -161,6 +161,7 @@ class FeedbackSet:
 
     Attributes:
         num_tokens: (N,) int64, tokens of the different texts of each record, prompts included.
+        pass_tokens: (N,) int64, the longest text of each record times the texts that a record has at most.
     """
 
     def __init__(self, entries: Sequence[Entry], num_outputs: int) -> None:
@@ -176,8 +177,9 @@ class FeedbackSet:
         self._pieces = torch.tensor(list(pieces), dtype=torch.int64)  # (pieces, 3): text, start, end
         weights = torch.tensor([entry.weight for entry in self.entries], dtype=torch.float64)
         self.weights = (weights / weights.mean()).float()
-        counts = [sum(len(ids) for ids in {tuple(piece.ids) for piece in entry.pieces}) for entry in self.entries]
-        self.num_tokens = torch.tensor(counts)
+        different = [{tuple(piece.ids) for piece in entry.pieces} for entry in self.entries]
+        self.num_tokens = torch.tensor([sum(map(len, one)) for one in different])
+        self.pass_tokens = max(map(len, different), default=0) * torch.tensor([entry.longest for entry in self.entries])
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -110,6 +110,7 @@ class ExampleSet:
 
     Attributes:
         num_tokens: (N,) int64, completion tokens of each example, all its completions together.
+        pass_tokens: (N,) int64, K times the longest completion of each example with its prompt: tokens that it takes of a pass at most.
         reference_log_probs: (C,) float32, once an agent has worked them out.
     """
 
@@ -129,6 +130,8 @@ class ExampleSet:
         self.weights = (weights / weights.mean()).float()
         lengths = np.where(index >= 0, self.completions.lengths[index], 0)
         self.num_tokens = torch.from_numpy(lengths.sum(axis=1))
+        longest = np.where(index >= 0, self.pair_lengths[index], 0).max(axis=1)
+        self.pass_tokens = torch.from_numpy(index.shape[1] * longest)
         self.reference_log_probs: Tensor | None = None
 
     def __len__(self) -> int:
@@ -142,7 +145,12 @@ class ExampleSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion together."""
-        return int((self.prompts.lengths[self.prompt_of] + self.completions.lengths).max())
+        return int(self.pair_lengths.max())
+
+    @property
+    def pair_lengths(self) -> IntArray:
+        """Tokens of each completion with its prompt, (C,)."""
+        return self.prompts.lengths[self.prompt_of] + self.completions.lengths
 
     def pair(self, prompts: IntArray, completions: IntArray, device: torch.device) -> CompletionBatch:
         """Returns completions behind prompts, which need not be their own.

@@ -19,6 +19,10 @@ class CommonOptions(TypedDict, total=False):
     Attributes:
         micro_batch_size: completions (offline: examples) per forward and backward pass; smaller needs less memory and changes no
             gradient (default: the whole minibatch).
+        micro_batch_tokens: tokens, prompts included, per forward and backward pass; rows are sorted by length, so passes hold rows of like
+            length; changes no gradient. A row that is longer is a pass by itself. Both bounds hold where both are given (default: none).
+        gradient_checkpointing: the layers' activations are made again in the backward pass: less memory for a third more work; changes no
+            gradient. Only for models that this package runs itself, see `textgym.agents.common.trunks` (default False: as the model is).
         max_grad_norm: the gradient is scaled down to this norm; None never (default 1.0).
         optimizer: a function from parameters (or groups of them) to an optimiser (default Adam with eps 1e-5, detail 3 of Huang et
             al. 2022).
@@ -31,6 +35,8 @@ class CommonOptions(TypedDict, total=False):
     """
 
     micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    gradient_checkpointing: bool
     max_grad_norm: float | None
     optimizer: OptimizerFactory
     evaluation: Evaluation | HeldOut | None
@@ -70,6 +76,8 @@ def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
 
 COMMON_DEFAULTS: CommonOptions = {
     "micro_batch_size": None,
+    "micro_batch_tokens": None,
+    "gradient_checkpointing": False,
     "max_grad_norm": 1.0,
     "optimizer": adam,
     "evaluation": None,
@@ -114,5 +122,7 @@ def _check_common(settings: CommonOptions, unknown: set[str], known: list[str]) 
         raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {known}.")
     if settings["micro_batch_size"] is not None:
         check_count("micro_batch_size", settings["micro_batch_size"], "completions")
+    if settings["micro_batch_tokens"] is not None:
+        check_count("micro_batch_tokens", settings["micro_batch_tokens"], "tokens")
     if settings["max_grad_norm"] is not None:
         check_number("max_grad_norm", settings["max_grad_norm"], 0, above=True)

@@ -8,6 +8,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.masking import reduce_tokens
 from textgym.agents.common.sampling import Sampling
@@ -41,19 +42,22 @@ class PretrainingMix:
         # A stream of its own: those that an agent draws from already are children of `SeedSequence(seed)`.
         self.order = ItemOrder(len(self.rows), np.random.default_rng(np.random.SeedSequence([seed, 1])))
 
-    def losses(self, policy: CausalLMPolicy, micro_batch_size: int | None, logger: Logger) -> Iterator[Tensor]:
+    def losses(
+        self, policy: CausalLMPolicy, micro_batch_size: int | None, logger: Logger, micro_batch_tokens: int | None = None
+    ) -> Iterator[Tensor]:
         """Yields the scalars of the next batch, one per micro-batch, that add up to L_ptx; logs its nats per token.
 
         Args:
             policy: the policy, as it is now.
-            micro_batch_size: texts per forward and backward pass; None for all at once.
+            micro_batch_size: texts per forward and backward pass, at most; None for no bound.
             logger: gets `train/ptx_loss`, the loss before γ_ptx.
+            micro_batch_tokens: tokens per pass, at most; None for no bound.
         """
         rows = [self.rows[index] for index in self.order.take(self.batch_size)]
         tokens = sum(len(row) - 1 for row in rows)
         nats = 0.0
-        for start in range(0, len(rows), micro_batch_size or len(rows)):
-            part = rows[start : start + (micro_batch_size or len(rows))]
+        for places in micro_batches(torch.tensor([len(row) for row in rows]), micro_batch_size, micro_batch_tokens):
+            part = [rows[place] for place in places.tolist()]
             lengths = torch.tensor([len(row) - 1 for row in part])
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
             log_probs = policy.score(ids[:, :1], torch.ones_like(lengths), ids[:, 1:], lengths, sampling=Sampling()).log_probs

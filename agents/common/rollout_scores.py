@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from textgym.agents.common.batches import RolloutBatch, StepObservations
+from textgym.agents.common.batches import RolloutBatch, StepObservations, micro_batches
 from textgym.agents.common.critic import Critic
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
@@ -134,22 +134,22 @@ def score_in_parts(
     batch: RolloutBatch,
     critic: Critic | None = None,
     part_size: int | None = None,
+    part_tokens: int | None = None,
     *,
     entropy: bool = False,
     end_values: bool = False,
 ) -> RolloutScores:
-    """As `score_rollout`, in parts of `part_size` rows; meant for use without gradient."""
+    """As `score_rollout`, in parts of `part_size` rows and `part_tokens` tokens at most; meant for use without gradient."""
     width = batch.completion_ids.shape[1]
-    parts = [
-        score_rollout(policy, batch.select(rows), critic, entropy=entropy, end_values=end_values)
-        for rows in torch.arange(len(batch)).split(part_size or len(batch))
-    ]
+    chosen = micro_batches(batch.pass_tokens, part_size, part_tokens)
+    own_order = torch.cat(chosen).argsort()
+    parts = [score_rollout(policy, batch.select(rows), critic, entropy=entropy, end_values=end_values) for rows in chosen]
 
     def join(pieces: list[Tensor | None]) -> Tensor | None:
         tensors = [piece for piece in pieces if piece is not None]
         if not tensors:
             return None
-        return torch.cat([t if t.dim() == 1 else pad(t, (0, width - t.shape[1])) for t in tensors])
+        return torch.cat([t if t.dim() == 1 else pad(t, (0, width - t.shape[1])) for t in tensors])[own_order]
 
     joined = [join(list(column)) for column in zip(*parts, strict=True)]
     assert joined[0] is not None
@@ -157,26 +157,31 @@ def score_in_parts(
 
 
 @torch.no_grad()
-def reference_log_probs(reference: CausalLMPolicy, batch: RolloutBatch, part_size: int | None = None) -> Tensor:
+def reference_log_probs(
+    reference: CausalLMPolicy, batch: RolloutBatch, part_size: int | None = None, part_tokens: int | None = None
+) -> Tensor:
     """Returns log π_ref(a_t|s_t) of a rollout's tokens, at the temperature and over the kept sets that were sampled from, (B, T).
 
     Args:
         reference: the frozen reference.
         batch: episodes.
-        part_size: rows per pass; None for all at once.
+        part_size: rows per pass, at most; None for no bound.
+        part_tokens: tokens per pass, at most; None for no bound.
     """
-    return score_in_parts(reference, batch, part_size=part_size).log_probs
+    return score_in_parts(reference, batch, part_size=part_size, part_tokens=part_tokens).log_probs
 
 
-def values_in_parts(policy: CausalLMPolicy, batch: RolloutBatch, critic: Critic, part_size: int | None = None) -> Tensor:
+def values_in_parts(
+    policy: CausalLMPolicy, batch: RolloutBatch, critic: Critic, part_size: int | None = None, part_tokens: int | None = None
+) -> Tensor:
     """The values of `score_in_parts`, (B, T), without the policy's pass where the critic does not need it."""
     if critic.reads_policy or batch.steps is not None:
-        values = score_in_parts(policy, batch, critic, part_size).values
+        values = score_in_parts(policy, batch, critic, part_size, part_tokens).values
         assert values is not None
         return values
-    parts = []
-    for rows in torch.arange(len(batch)).split(part_size or len(batch)):
+    parts, chosen = [], micro_batches(batch.pass_tokens, part_size, part_tokens)
+    for rows in chosen:
         part = batch.select(rows)
         values = critic.network(part.prompt_ids, part.prompt_lengths, part.completion_ids, part.lengths)
         parts.append(pad(values, (0, batch.completion_ids.shape[1] - values.shape[1])))
-    return torch.cat(parts)
+    return torch.cat(parts)[torch.cat(chosen).argsort()]

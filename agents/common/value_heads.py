@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.layout import Rows, lay_out
 from textgym.agents.common.scoring import spread
-from textgym.agents.common.trunks import find_trunk, run_trunk
+from textgym.agents.common.trunks import Trunk, find_trunk, run_trunk
 from textgym.agents.reward_model import RewardModel
 from textgym.rewards.classifier import OFFSET
 
@@ -117,10 +117,15 @@ class ValueModel(nn.Module):
         del mode
         return super().train(False)
 
+    @property
+    def fast_trunk(self) -> Trunk | None:
+        """This package's own trunk for the model; None where transformers' forward must be used."""
+        return self._fast_trunk if self._fast_trunk is not None and self._fast_trunk.unchanged else None
+
     def values_of(self, layout: Rows) -> Tensor:
         """Returns V(s_t), (B, T) float32, zero on padding, for a layout from `scoring.lay_out`."""
-        if self._fast_trunk is not None and self._fast_trunk.unchanged:
-            hidden = run_trunk(self._fast_trunk, layout)
+        if self.fast_trunk is not None:
+            hidden = run_trunk(self.fast_trunk, layout)
         else:
             states = self.trunk(input_ids=layout.input_ids, attention_mask=None, use_cache=False).last_hidden_state
             hidden = states[layout.rows, layout.columns]

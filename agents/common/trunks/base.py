@@ -60,6 +60,12 @@ class Trunk(ABC):
         """Returns a trunk for one decode loop, during which no parameter changes."""
         return self
 
+    def checkpoint_gradients(self) -> None:
+        """Turns the model's gradient checkpointing on."""
+        name = "activation_checkpointing_enable"  # the old one, which transformers calls deprecated once it has this
+        getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")()
+        self.model.disable_input_require_grads()  # that is for reentrant checkpoints, and a hook on the embeddings in every pass
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the hidden states."""
