@@ -142,7 +142,8 @@ def micro_batches(lengths: Tensor, size: int | None, tokens: int | None) -> list
     size = size or max(1, count)
     if tokens is None:
         return list(torch.arange(count).split(size)) if count else []
-    order = lengths.cpu().argsort(descending=True, stable=True)
+    lengths = lengths.cpu()
+    order = lengths.argsort(descending=True, stable=True)
     parts, start = [], 0
     while start < count:
         fitting = max(1, tokens // max(1, int(lengths[order[start]])))
