@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from textgym.agents.common.advantages import generalized_advantages
-from textgym.agents.common.batches import RolloutBatch, minibatches
+from textgym.agents.common.batches import RolloutBatch, micro_batches, minibatches
 from textgym.agents.common.checks import check_choice, check_count, check_number
 from textgym.agents.common.critic import CriticSpec, explained_variance
 from textgym.agents.common.losses import clipped_surrogate_loss, entropy_bonus, ratio_diagnostics, value_loss
@@ -125,14 +125,15 @@ class ClippedAgent(OnlineAgent):
 
     def targets(self, rollout: RolloutBatch) -> "Targets":
         """Values a rollout, once: what its epochs hold fixed."""
-        old, advantages = self.estimate(rollout)
+        first = self._first_scores(rollout)
+        old, advantages = self.estimate(rollout, first)
         assert old.values is not None
         mask = rollout.completion_mask
         returns = advantages + old.values
         self.logger.record("train/explained_variance", explained_variance(old.values, returns, mask))
         if self.normalize_advantage:
             advantages = masked_whiten(advantages, mask)
-        return Targets(old.log_probs, old.values, advantages, returns)
+        return Targets(old.log_probs, old.values, advantages, returns, first)
 
     def clipped_epochs(self, rollout: RolloutBatch, targets: "Targets", extra_losses: Callable[[], Iterable[Tensor]] = tuple) -> None:
         """`n_epochs` passes of minibatch steps over one rollout, cut short where the target KL is exceeded.
@@ -142,20 +143,34 @@ class ClippedAgent(OnlineAgent):
             targets: its targets.
             extra_losses: asked once per step for further scalars that are added to its loss.
         """
+        first = targets.first_scores
         for epoch in range(self.n_epochs):
             for rows in minibatches(len(rollout), self.batch_size or len(rollout), self.minibatch_generator):
-                if not self._step(rollout, targets, rows, extra_losses()):
+                if not self._step(rollout, targets, rows, extra_losses(), first):
                     self.logger.record("train/epochs", epoch)
                     return
+                first = None
         self.logger.record("train/epochs", self.n_epochs)
 
-    def _step(self, rollout: RolloutBatch, targets: "Targets", rows: Tensor, extra_losses: Iterable[Tensor]) -> bool:
+    def _first_scores(self, rollout: RolloutBatch) -> RolloutScores | None:
+        """Scores a rollout with gradient if the first step is on all of it in one pass, which its targets can then share."""
+        if self.batch_size is not None and self.batch_size < len(rollout):
+            return None
+        if len(micro_batches(rollout.pass_tokens, self.micro_batch_size, self.micro_batch_tokens)) > 1:
+            return None
+        return score_rollout(self.policy, rollout, self.critic, entropy=self.ent_coef != 0, end_values=bool(rollout.truncated.any()))
+
+    def _step(
+        self, rollout: RolloutBatch, targets: "Targets", rows: Tensor, extra_losses: Iterable[Tensor], first: RolloutScores | None
+    ) -> bool:
         """One optimiser step on a minibatch; False, and no step, if the policy is beyond the target KL already."""
         kl = 0.0
 
         def loss(batch: RolloutBatch, micro_rows: Tensor, sequences: int, tokens: int) -> Tensor:
             nonlocal kl
-            total, approx_kl = self.loss(batch, targets.select(micro_rows, batch.completion_ids.shape[1]), sequences, tokens)
+            width = batch.completion_ids.shape[1]
+            scores = None if first is None else first.select(micro_rows, width)
+            total, approx_kl = self.loss(batch, targets.select(micro_rows, width), sequences, tokens, scores)
             kl += approx_kl * batch.num_tokens / tokens
             return total
 
@@ -164,9 +179,20 @@ class ClippedAgent(OnlineAgent):
 
         return self.update(rollout, loss, rows, proceed=within, extra_losses=extra_losses)
 
-    def loss(self, batch: RolloutBatch, targets: "Targets", sequences: int, tokens: int) -> tuple[Tensor, float]:
-        """The share of one micro-batch in the loss of its minibatch, and the approximate KL of its tokens."""
-        scores = score_rollout(self.policy, batch, self.critic, entropy=self.ent_coef != 0)
+    def loss(
+        self, batch: RolloutBatch, targets: "Targets", sequences: int, tokens: int, scores: RolloutScores | None = None
+    ) -> tuple[Tensor, float]:
+        """The share of one micro-batch in the loss of its minibatch, and the approximate KL of its tokens.
+
+        Args:
+            batch: the micro-batch.
+            targets: its targets.
+            sequences: completions of the minibatch.
+            tokens: tokens of the minibatch.
+            scores: what the policy as it is now says of the micro-batch, with gradient, if that is known.
+        """
+        if scores is None:
+            scores = score_rollout(self.policy, batch, self.critic, entropy=self.ent_coef != 0)
         assert scores.values is not None
         mask, clip_range = batch.completion_mask, self.clip_range(self._current_progress_remaining)
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
@@ -193,10 +219,17 @@ class ClippedAgent(OnlineAgent):
         return total, float(diagnostics.approx_kl)
 
     @torch.no_grad()
-    def estimate(self, rollout: RolloutBatch) -> tuple[RolloutScores, Tensor]:
-        """Scores a rollout under the policy that sampled it, and returns the scores and the advantages Â, (B, T)."""
+    def estimate(self, rollout: RolloutBatch, scores: RolloutScores | None = None) -> tuple[RolloutScores, Tensor]:
+        """Scores a rollout under the policy that sampled it, and returns the scores and the advantages Â, (B, T); both without gradient.
+
+        Args:
+            rollout: the whole rollout.
+            scores: what that policy says of it, if that is known.
+        """
         cut = bool(rollout.truncated.any())
-        scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens, end_values=cut)
+        if scores is None:
+            scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens, end_values=cut)
+        scores = scores.detach()
         assert scores.values is not None
         advantages = generalized_advantages(
             self.shaped_rewards(rollout),
@@ -216,13 +249,20 @@ class _Reduction(TypedDict):
 
 
 class Targets(NamedTuple):
-    """What a rollout's epochs hold fixed, each (B, T): old log-probs, old values, advantages and returns."""
+    """What a rollout's epochs hold fixed, each (B, T): old log-probs, old values, advantages and returns.
+
+    `first_scores` are those they were worked out from, with gradient, where the first step can go on from them.
+    """
 
     log_probs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    first_scores: RolloutScores | None = None
 
     def select(self, rows: Tensor, width: int) -> "Targets":
         """Returns rows `rows`, the first `width` tokens."""
-        return Targets(*(table[rows, :width] for table in self))
+        log_probs, values, advantages, returns = (
+            table[rows, :width] for table in (self.log_probs, self.values, self.advantages, self.returns)
+        )
+        return Targets(log_probs, values, advantages, returns)

@@ -7,7 +7,7 @@ always given, logits beyond the tokenizer's vocabulary are removed, dropout is o
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from textgym.agents.common.layout import Rows
 from textgym.agents.common.trunks import Trunk, additive, find_trunk, run_trunk
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Backbone:
@@ -184,12 +186,16 @@ class Backbone:
         """Returns transformers' own growing cache for this architecture."""
         return DynamicCache(config=self.config)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> contextlib.AbstractContextManager[Any]:
         """What the model runs in: the dtype of `autocast`, and without its adapter where it is to run without one."""
-        adapter = self.model.disable_adapter() if self.without_adapter else contextlib.nullcontext()
-        with adapter, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            yield
+        if self.autocast is None:
+            adapter: contextlib.AbstractContextManager[Any] = self.model.disable_adapter() if self.without_adapter else _NOTHING
+            return adapter
+        context = contextlib.ExitStack()
+        if self.without_adapter:
+            context.enter_context(self.model.disable_adapter())
+        context.enter_context(torch.autocast(self.device.type, self.autocast))
+        return context
 
     @torch.no_grad()
     def _find_rescaling(self) -> bool:

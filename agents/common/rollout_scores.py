@@ -30,6 +30,18 @@ class RolloutScores(NamedTuple):
     end_values: Tensor | None = None
     kept: Tensor | None = None
 
+    def detach(self) -> "RolloutScores":
+        """Returns the same without gradient."""
+        return RolloutScores(*(None if table is None else table.detach() for table in self))  # type: ignore[arg-type]
+
+    def select(self, rows: Tensor, width: int) -> "RolloutScores":
+        """Returns rows `rows` of the tables over tokens, their first `width` tokens, with gradient."""
+        log_probs, entropy, values = (
+            None if table is None else table[rows, :width] for table in (self.log_probs, self.entropy, self.values)
+        )
+        assert log_probs is not None, "always there"
+        return RolloutScores(log_probs, entropy, values)
+
 
 def score_rollout(
     policy: CausalLMPolicy,

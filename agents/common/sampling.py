@@ -149,27 +149,31 @@ def _invert_blocks(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     """Finds the token (B, 1) at a fraction (B, 1) of the sum of `weights` (B, V) float32, and that sum (B, 1) float64."""
     vocab_size = weights.shape[-1]
     if vocab_size <= SINGLE:
-        wide = weights.double()
-        return _invert(wide, fraction)[0], wide.sum(-1, keepdim=True)
+        tokens, _, total = _invert(weights, fraction)
+        return tokens, total
     weights = torch.nn.functional.pad(weights, (0, -vocab_size % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = weights.sum(-1).double()
-    block, fraction = _invert(sums, fraction)
+    block, cumulative, total = _invert(sums, fraction)
+    weight = sums.gather(1, block)
+    fraction = (fraction * total - (cumulative.gather(1, block) - weight)) / weight
     inside = weights.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
-    tokens = block * BLOCK + _invert(inside.double(), fraction)[0]
+    tokens = block * BLOCK + _invert(inside, fraction)[0]
     # Where the model gave no numbers (NaN), any token will do, but it must be one.
-    return tokens.clamp_(max=vocab_size - 1), sums.sum(-1, keepdim=True)
+    return tokens.clamp_(max=vocab_size - 1), total
 
 
-def _invert(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the cell (B, 1) of `weights` (B, N) at a fraction (B, 1) of their sum, never one of weight 0, and the fraction of it."""
-    cumulative = weights.cumsum(-1)
+def _invert(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the cell (B, 1) of `weights` (B, N) at a fraction (B, 1) of their sum, never one of weight 0.
+
+    Returns:
+        the cell, the cumulative weights (B, N) and their sum (B, 1), both float64.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
-    target = fraction * total
-    cell = torch.searchsorted(cumulative, target, right=True)
+    cell = torch.searchsorted(cumulative, fraction * total, right=True)
     # By rounding the target can reach the total; the last cell of positive weight is then the right one.
-    cell = torch.minimum(cell, torch.searchsorted(cumulative, total)).clamp_(max=weights.shape[-1] - 1)
-    weight = weights.gather(1, cell)
-    return cell, (target - (cumulative.gather(1, cell) - weight)) / weight
+    last = torch.searchsorted(cumulative, total).clamp_(max=weights.shape[-1] - 1)
+    return torch.minimum(cell, last), cumulative, total
 
 
 def draw_epsilon_greedy(logits: Tensor, uniforms: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -320,3 +320,22 @@ def test_bad_choices_of_reinforce_are_named(task) -> None:
         REINFORCE(task.policy().model, task.envs())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`env`"):
         REINFORCE(task.policy(), 3)
+
+
+@pytest.mark.parametrize("critic", ["head", "joint", "separate"])
+def test_ppos_first_step_shares_its_pass_with_the_targets(task, critic: str) -> None:
+    """The same parameters as with a pass of its own, and one pass of the policy less."""
+    parameters, passes = [], []
+    for shared in (True, False):
+        agent = PPO(task.policy(), task.envs(24), 1e-2, critic=critic, n_epochs=2, ent_coef=0.01, beta=0.1, seed=0)
+        if not shared:
+            agent._first_scores = lambda rollout: None  # type: ignore[method-assign]
+        rollout = agent.collector.walk(None, agent.sampling_generator, seed=3)
+        count = []
+        hook = agent.policy.model.get_input_embeddings().register_forward_hook(lambda *arguments: count.append(1))
+        agent.train(rollout)
+        hook.remove()
+        parameters.append(torch.cat([p.detach().flatten() for p in agent.trainable_parameters()]))
+        passes.append(len(count))
+    torch.testing.assert_close(*parameters, atol=1e-6, rtol=1e-5)
+    assert passes == [2, 3]

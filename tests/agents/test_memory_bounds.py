@@ -274,12 +274,16 @@ def saved_bytes(agent: Any) -> int:
 
     step = agent.step
 
-    def first_loss(losses: Any, *arguments: Any) -> bool:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = list(losses)
-        return bool(step(losses, *arguments))
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return function(*arguments)
 
-    agent.step = first_loss
+        return call
+
+    agent.step = lambda losses, *arguments: bool(step(watched(list)(losses), *arguments))
+    if hasattr(agent, "_first_scores"):  # PPO's first step goes on from the pass that its targets were worked out in
+        agent._first_scores = watched(agent._first_scores)
     agent.learn(1)
     return sum(seen.values())
 
