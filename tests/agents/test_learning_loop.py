@@ -331,8 +331,8 @@ def test_ppos_first_step_shares_its_pass_with_the_targets(task, critic: str) -> 
         if not shared:
             agent._first_scores = lambda rollout: None  # type: ignore[method-assign]
         rollout = agent.collector.walk(None, agent.sampling_generator, seed=3)
-        count = []
-        hook = agent.policy.model.get_input_embeddings().register_forward_hook(lambda *arguments: count.append(1))
+        count: list[int] = []
+        hook = agent.policy.model.get_input_embeddings().register_forward_hook(lambda *arguments, count=count: count.append(1))
         agent.train(rollout)
         hook.remove()
         parameters.append(torch.cat([p.detach().flatten() for p in agent.trainable_parameters()]))
