@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import textgym
 from textgym.rewards import token_level
-from textgym.sequences import one_pass
+from textgym.sequences import SequenceWalk, one_pass
 from textgym.types import SequenceResult
 from textgym.wrappers import ClipReward, KLShaping, NormalizeReward, RunningMoments
 from textgym.wrappers.vector import ClipReward as VectorClipReward
@@ -77,6 +77,10 @@ class Other(VectorWrapper):
     def step(self, actions: Any) -> Any:
         observations, *rest = self.env.step(actions)
         return self._changed(observations), *rest
+
+
+class Silent(VectorWrapper):
+    """Changes nothing, and does not say so."""
 
 
 class Swapped(VectorActionWrapper):
@@ -434,3 +438,41 @@ def test_every_row_needs_a_reset_afterwards(kind: str, mode: AutoresetMode) -> N
         envs.reset(seed=1)
         envs.step(np.full(N, 3))
     envs.close()
+
+
+# --- Log-probs that are known --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", [Silent, Bonus, Other, Swapped])
+def test_known_log_probs_reach_a_shaping_that_sees_what_they_belong_to(wrapper: Any, tabular_policy: Any) -> None:
+    """Below a user's wrapper they are taken if the prompts are the same, never otherwise; the rewards are always those of the loop."""
+    policy, reference = tabular_policy(1), tabular_policy(2)
+    actions = np.random.default_rng(0).integers(2, V, (N, T))
+    lengths = np.full(N, T)
+    results = []
+    for told in (True, False):
+        envs = wrapper(
+            VectorKLShaping(
+                gym.make_vec("TextGen-v0", num_envs=N, **(ARGUMENTS | {"prompts": ["w2 w3 w4", "w3"]})), policy, reference, beta=0.3
+            )
+        )
+        observations, _ = envs.reset(seed=0)
+        states = {key: np.array(observations[key]) for key in ("input_ids", "attention_mask")}
+        log_probs = np.zeros((N, T))
+        for t in range(T):
+            log_probs[:, t] = policy.log_probs(states, actions[:, t])
+            column = states["input_ids"].shape[1] - T + t
+            states["input_ids"][:, column], states["attention_mask"][:, column] = actions[:, t], 1
+        calls = policy.calls
+        with SequenceWalk(envs) as walk:
+            walk.prime(actions, lengths, log_probs if told else None, observations if told else None)
+            primed = policy.calls - calls
+            for t in range(T):
+                walk.step(actions[:, t])
+                if not walk.active.any():
+                    break
+            results.append((walk.result().rewards, primed))
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-6)
+    assert results[1][1] > 0, "without log-probs the policy is asked"
+    prompts_are_the_same = wrapper is not Other
+    assert (results[0][1] == 0) == prompts_are_the_same

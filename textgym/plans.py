@@ -13,7 +13,7 @@ from gymnasium.wrappers import vector as vector_wrappers
 
 from textgym.row_holding import HeldEnv
 from textgym.stacks import definer, row_environments, single_layers
-from textgym.types import BoolArray, IntArray
+from textgym.types import BoolArray, IntArray, Observation
 
 # Wrappers that change neither observations nor actions: what is known above them holds below.
 _TRANSPARENT_BATCHED = (vector_wrappers.RecordEpisodeStatistics, vector_wrappers.NormalizeReward)
@@ -62,23 +62,31 @@ def checked_plan(envs: VectorEnv[Any, Any, Any], actions: Any, lengths: Any, log
     return Plan(np.where(mask, actions, 0).astype(np.int64), lengths.astype(np.int64), log_probs)
 
 
-def prime_stack(layers: Sequence[Any], plan: Plan) -> None:
+def prime_stack(layers: Sequence[Any], plan: Plan, observations: Observation | None = None) -> None:
     """Makes a plan known to every wrapper of a stack that prepares for one, the wrappers of single rows included.
 
-    Log-probabilities are handed down only through layers that change neither observations nor actions: below any other they would be
-    those of other states.
+    Log-probabilities are handed down through layers that change neither observations nor actions. Below any other they may be those of
+    other states; there they go to batched layers only that see the very prompts they were worked out for. (What such a layer prepares
+    holds for the planned tokens behind these prompts and for nothing else, so changed actions do no harm.)
 
     Args:
         layers: the batched layers, outermost first.
         plan: what will be sent.
+        observations: what the outermost layer shows at the beginning, which the log-probabilities belong to; None if that is not known.
     """
+    known = True
     for layer in layers:
         if callable(prime := getattr(layer, "prime", None)):
-            prime(*plan)
-        if not _is_transparent_batched(layer):
-            plan = plan._replace(log_probs=None)
+            prime(plan.actions, plan.lengths, plan.log_probs if known or _shows(layer, observations) else None)
+        known = known and _is_transparent_batched(layer)
     for base in layers:
-        _prime_rows(row_environments(base) or (), plan)
+        _prime_rows(row_environments(base) or (), plan if known else plan._replace(log_probs=None))
+
+
+def _shows(layer: Any, observations: Observation | None) -> bool:
+    """Does a layer say that it sees these observations?"""
+    shows = getattr(layer, "shows", None)
+    return observations is not None and callable(shows) and bool(shows(observations))
 
 
 def _prime_rows(rows: Iterable[gym.Env], plan: Plan) -> None:

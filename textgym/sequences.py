@@ -17,7 +17,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from textgym.plans import checked_plan, prime_stack
 from textgym.row_holding import row_holder
 from textgym.stacks import definer, vector_layers
-from textgym.types import BoolArray, FloatArray, Info, IntArray, SequenceResult
+from textgym.types import BoolArray, FloatArray, Info, IntArray, Observation, SequenceResult
 from textgym.vector_infos import row_infos
 
 NOT_FRESH = "A walk begins with a reset: every row must be freshly reset and not yet stepped. Call `envs.reset()` before it."
@@ -126,7 +126,13 @@ class SequenceWalk:
             if error is None:
                 raise
 
-    def prime(self, actions: npt.ArrayLike, lengths: npt.ArrayLike, log_probs: npt.ArrayLike | None = None) -> None:
+    def prime(
+        self,
+        actions: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        log_probs: npt.ArrayLike | None = None,
+        observations: Observation | None = None,
+    ) -> None:
         """Tells what is going to be sent: rows finish when their `lengths[i]` tokens are sent, and bundled wrappers prepare.
 
         The tokens may still be others; then the wrappers work step by step.
@@ -135,10 +141,12 @@ class SequenceWalk:
             actions: (N, T) token ids.
             lengths: (N,) tokens that count, 1 to T.
             log_probs: (N, T) log-probabilities of the tokens under the policy that `KLShaping` scores with, if they are known.
+            observations: what `envs` showed when these were worked out; then a `KLShaping` below a wrapper that might change observations
+                can tell whether they are those of its own states.
         """
         plan = checked_plan(self.envs, actions, lengths, log_probs)
         self._lengths = plan.lengths
-        prime_stack(self._layers, plan)
+        prime_stack(self._layers, plan, observations)
 
     def drop_plan(self) -> None:
         """From here on only the environment (or `stop`) ends rows, not the lengths given to `prime`."""

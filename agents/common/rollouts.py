@@ -128,7 +128,7 @@ class RolloutCollector:
         actions, lengths = generation.ids.cpu().numpy(), generation.lengths.cpu().numpy()
         expected = {key: np.array(value) for key, value in observations.items()}
         with SequenceWalk(self.envs) as walk:
-            walk.prime(actions, lengths, generation.log_probs.cpu().numpy())
+            walk.prime(actions, lengths, generation.log_probs.cpu().numpy(), observations)
             # The environment alone ends rows: one that does not end with its planned completion was sent something else.
             walk.drop_plan()
             for t in range(int(lengths.max())):

@@ -4,6 +4,7 @@ KL shaping makes one call of the policies per step for all rows, or one per whol
 `textgym.wrappers.vector_rewards`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,12 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
             log_probs: (N, T) log π of the tokens if the caller has them.
         """
         self.state.prime(np.asarray(actions), np.asarray(lengths), None if log_probs is None else np.asarray(log_probs, dtype=np.float64))
+
+    def shows(self, observations: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Whether these observations of all rows are those that the next actions answer here."""
+        here = self.state.observations
+        keys = ("input_ids", "attention_mask")
+        return isinstance(here, Mapping) and all(key in here and np.array_equal(here[key], observations[key]) for key in keys)
 
     def step_sequence(
         self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None

@@ -91,9 +91,7 @@ class _BlockWeights:
     """The tensors of one block, found once."""
 
     def __init__(self, block: Any) -> None:
-        self.first_norm, self.second_norm = (
-            (norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.ln_1, block.ln_2)
-        )
+        self.first_norm, self.second_norm = ((norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.ln_1, block.ln_2))
         self.attention, self.output, self.inner, self.outer = (
             (module.bias, module.weight) for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         )
