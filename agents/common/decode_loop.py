@@ -108,6 +108,7 @@ class _DecodeLoop:
         self._finished: Tensor
         self._legal: Tensor | None
         self._decoder: Decoder
+        self._steps_left: int  # before the youngest row has ended
         self._start()
 
     def run(self) -> None:
@@ -116,8 +117,10 @@ class _DecodeLoop:
             tokens = self._choose()
             if self._options.stop_strings:
                 self._stop()
+            # After so many steps every row has ended, whether an accelerator has said so already or not.
+            self._steps_left -= 1
             ended = self._watch.ended(self._finished)
-            if ended is not None and bool(ended.all()):
+            if self._steps_left == 0 or (ended is not None and bool(ended.all())):
                 if self._next_row == self._num_rows:
                     return
                 self._start()
@@ -163,6 +166,7 @@ class _DecodeLoop:
         prompts, lengths, index = self._prompts_of(rows)
         steps = self._options.max_new_tokens
         self._decoder = make_decoder(self._backbone, prompts, lengths, index, steps)
+        self._steps_left = steps
         self._place = torch.arange(rows.start, rows.stop, device=index.device)
         self._finished = torch.zeros(len(rows), dtype=torch.bool, device=index.device)
         self._legal = self._legal_of(rows)
@@ -181,6 +185,7 @@ class _DecodeLoop:
         rows = self._take(free)
         prompts, lengths, index = self._prompts_of(rows)
         self._decoder.admit(prompts, lengths, index)
+        self._steps_left = self._options.max_new_tokens
         self._place = torch.cat((self._place, torch.arange(rows.start, rows.stop, device=index.device)))
         self._finished = torch.cat((self._finished, self._finished.new_zeros(len(rows))))
         legal = self._legal_of(rows)
@@ -299,9 +304,8 @@ class _FinishWatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_host = device.type == "cpu"
         self._answer: Tensor | None = None
-        self._event: torch.Event | None = None if self._on_host else torch.Event(device)
+        self._event: torch.Event | None = None if device.type == "cpu" else torch.Event(device)
 
     def ended(self, finished: Tensor) -> Tensor | None:
         """Returns which of the rows are known to have ended, (rows,) bool on the CPU; None if no answer is there.

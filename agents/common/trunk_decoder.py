@@ -43,6 +43,8 @@ class TrunkDecoder:
         lengths = prompt_lengths.index_select(0, index)
         self.logits = backbone.logits(states.index_select(0, index))
         self._next_position = lengths.clone()
+        self._positions = prompt_ids.shape[1] + max_new_tokens
+        self._of_one_age = True
         self._cache = _Cache.empty(keys, values, len(index), prompt_ids.shape[1], max_new_tokens)
         self._cache.put(0, keys, values, prompt_lengths, index)
         self._settle()
@@ -62,6 +64,9 @@ class TrunkDecoder:
         with self._backbone.running():
             states = self._trunk(tokens, self._next_position, self._cache)
         self._next_position += 1
+        if not self._of_one_age:
+            # A row that has ended may stay until younger ones have, beyond the last position that there is.
+            self._next_position.clamp_(max=self._positions - 1)
         return self._backbone.logits(states)
 
     def _run_in_place(self) -> None:
@@ -85,6 +90,7 @@ class TrunkDecoder:
     def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
         """See `Decoder`."""
         states, keys, values = self._prefill(prompt_ids, prompt_lengths)
+        self._of_one_age, self._positions = False, max(self._positions, prompt_ids.shape[1] + self._max_new_tokens)
         present = len(self.logits)
         lengths = prompt_lengths.index_select(0, index)
         self._cache = self._cache.with_room(len(index), prompt_ids.shape[1], self._max_new_tokens)

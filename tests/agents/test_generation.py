@@ -376,6 +376,34 @@ def test_nothing_in_the_loop_waits_for_the_device(ending_policy, monkeypatch, se
     assert longest <= steps.count(choose) <= longest + 6
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_late_answers_never_take_a_step_too_many(policy, monkeypatch, size):
+    """Where completions run to their full length, there is no room in the cache behind it."""
+    arguments = {"seed": 0, "num_generations": 2, "max_batch_size": size}
+    policy.eos_token_ids = ()
+    expected = policy.generate(PROMPTS, 9, **arguments)
+
+    def asynchronous(self, device):
+        self._answer, self._event = None, _LateAnswers()
+
+    monkeypatch.setattr(decode_loop._FinishWatch, "__init__", asynchronous)
+    assert torch.equal(policy.generate(PROMPTS, 9, **arguments).ids, expected.ids)
+    assert expected.lengths.tolist() == [9] * 8
+
+
+def test_ended_rows_stay_within_the_positions_there_are(tiny_model, model_type, tokenizer, device, monkeypatch):
+    """A row that has ended stays in the batch while younger ones go on: its place must not run out of a table of positions."""
+    monkeypatch.setattr(decode_loop, "ENDED_WORTH_DROPPING", 0.9)
+    model = tiny_model(model_type, len(tokenizer))
+    width = max(map(len, PROMPTS))
+    limit = int(model.config.max_position_embeddings)
+    policy = CausalLMPolicy(model, tokenizer, device=device, eos_token_ids=tokenizer.convert_tokens_to_ids(["e"]))
+    steps = limit - width
+    expected = policy.generate(PROMPTS, steps, seed=0, num_generations=8)
+    found = policy.generate(PROMPTS, steps, seed=0, num_generations=8, max_batch_size=10)
+    assert torch.equal(found.ids, expected.ids)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_synchronisation_on_cuda(policy, monkeypatch):
     if policy.device.type != "cuda":
