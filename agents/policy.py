@@ -154,7 +154,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True, autocast=self.backbone.autocast)
             frozen._acting, frozen._generator = ActingState(), None
         else:
-            frozen = copy.deepcopy(self, {id(self.engine): self.engine})  # an engine may hold what no copy can be made of
+            # The engine is shared: it may hold what no copy can be made of.
+            frozen = copy.deepcopy(self, {id(self.engine): self.engine})
             frozen.requires_grad_(False)
         frozen.frozen, frozen.mask = True, None
         return frozen

@@ -285,7 +285,8 @@ def test_centring_keeps_the_level_and_margins_hold_apart(policy) -> None:
 
     tie = [Comparison(PROMPT, ANSWERS[0], ANSWERS[1], preference=0.7)]
     centred, plain = trained(tie, center_coef=1.0), trained(tie)
-    assert abs(centred.mean()) < 0.02 < abs(plain.mean())
+    # The level is −1.67 without the term; with it Adam's steps leave it within ±0.04 of zero, whenever one stops.
+    assert abs(centred.mean()) < 0.1 < 1.0 < abs(plain.mean())
     assert plain[0] - plain[1] == pytest.approx(np.log(0.7 / 0.3), abs=0.02)
     apart = trained([Comparison(PROMPT, ANSWERS[0], ANSWERS[1], preference=0.7, margin=1.5)])
     assert apart[0] - apart[1] == pytest.approx(1.5 + np.log(0.7 / 0.3), abs=0.05)
