@@ -107,7 +107,7 @@ class Trunk(ABC):
 
     @abstractmethod
     def _head_size(self) -> int:
-        """D."""
+        """Returns the dimensions of one head, d."""
 
 
 def is_plain(module: nn.Module) -> bool:
