@@ -1,7 +1,5 @@
 """Rows that grow by one token per model step, run by transformers' own forward."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -22,8 +20,6 @@ class CachedDecoder:
     Attributes:
         logits: of the next token, (rows, V), in the model's dtype.
     """
-
-    admits: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int) -> None:
         width = prompt_ids.shape[1]
@@ -54,10 +50,6 @@ class CachedDecoder:
     def select(self, rows: Tensor) -> None:
         """Goes on with `rows` only, (rows,) int64 indices into the present ones."""
         self._reorder(rows)
-
-    def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
-        """Not possible with caches of all architectures; see `admits`."""
-        raise NotImplementedError("rows of this decoder start together")
 
     def _prefill_mask(self, valid: Tensor) -> Tensor:
         if not self._backbone.dense_mask:

@@ -19,6 +19,7 @@ from textgym.agents.common.sampling import (
     scale_logits,
     token_log_probs,
 )
+from textgym.agents.common.trunk_decoder import TrunkDecoder
 from textgym.tokenizers import Decode
 
 # Of the rows in the batch; below, moving the caches costs more than the rows, and so does capturing steps anew where they are captured.
@@ -88,9 +89,8 @@ class _DecodeLoop:
         self._nowhere = steps * rows
         uniforms = torch.rand((steps, rows), generator=generator, device=generator.device, dtype=torch.float64).to(device)
         self._uniforms = torch.nn.functional.pad(uniforms.flatten(), (0, 1))
-        self._eos = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device)
-        self._not_eos = torch.ones(backbone.vocab_size, dtype=torch.bool, device=device)
-        self._not_eos[self._eos] = False
+        self._is_eos = torch.zeros(backbone.vocab_size, dtype=torch.bool, device=device)
+        self._is_eos[list(options.eos_token_ids)] = True
         self._masker = None if options.action_mask is None or isinstance(options.action_mask, Tensor) else options.action_mask
         self._fixed_mask = fixed_mask(options.action_mask, prompt_ids, backbone.vocab_size)
         self._ids = torch.full((steps * rows + 1,), options.fill_token_id, dtype=torch.int64, device=device)
@@ -180,8 +180,9 @@ class _DecodeLoop:
     def _admit(self) -> None:
         """Puts waiting rows into the places that have become free, where decoder and mask can take them."""
         free = self._batch_size - len(self._finished)
-        if self._next_row == self._num_rows or not free or self._masker is not None or not self._decoder.admits:
+        if not free or not self._admits_waiting_rows():
             return
+        assert isinstance(self._decoder, TrunkDecoder), "asked just now"
         rows = self._take(free)
         prompts, lengths, index = self._prompts_of(rows)
         self._decoder.admit(prompts, lengths, index)
@@ -214,10 +215,12 @@ class _DecodeLoop:
         index = torch.arange(rows.start, rows.stop, device=mask.device).div(self._options.num_generations, rounding_mode="floor")
         return mask.index_select(0, index)
 
+    def _admits_waiting_rows(self) -> bool:
+        return self._next_row < self._num_rows and self._masker is None and isinstance(self._decoder, TrunkDecoder)
+
     def _should_drop(self, ended: int) -> bool:
-        waiting = self._next_row < self._num_rows and self._masker is None and self._decoder.admits
         share = WORTH_CAPTURING_ANEW if self._place.device.type in CAPTURES else ENDED_WORTH_DROPPING
-        return ended > 0 and ended >= share * len(self._finished) / (2 if waiting else 1)
+        return ended > 0 and ended >= share * len(self._finished) / (2 if self._admits_waiting_rows() else 1)
 
     def _drop(self, ended: Tensor, tokens: Tensor) -> Tensor:
         """Goes on without the rows that are known to have ended, (rows,) bool; returns the tokens of the others."""
@@ -239,8 +242,8 @@ class _DecodeLoop:
         options, place = self._options, self._place
         legal = self._legal
         if options.min_new_tokens:
-            late_enough = (place >= options.min_new_tokens * self._num_rows).unsqueeze(-1)
-            legal = self._not_eos | late_enough if legal is None else legal & (self._not_eos | late_enough)
+            may_end = ~self._is_eos | (place >= options.min_new_tokens * self._num_rows).unsqueeze(-1)
+            legal = may_end if legal is None else legal & may_end
         logits = scale_logits(self._decoder.logits, options.sampling.temperature)
         kept = kept_tokens(logits, options.sampling, legal)
         if kept is not None:
@@ -260,11 +263,7 @@ class _DecodeLoop:
         if self._kept is not None:
             whole = torch.ones_like(logits, dtype=torch.bool) if kept is None else kept
             self._kept.index_copy_(0, place, pack_kept(whole))
-        self._finished = place >= (options.max_new_tokens - 1) * self._num_rows
-        for eos in options.eos_token_ids if len(options.eos_token_ids) < 3 else ():
-            self._finished |= tokens == eos
-        if len(options.eos_token_ids) > 2:
-            self._finished |= torch.isin(tokens, self._eos)
+        self._finished = self._is_eos.index_select(0, tokens) | (place >= (options.max_new_tokens - 1) * self._num_rows)
         return tokens
 
     def _stop(self) -> None:

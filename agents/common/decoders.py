@@ -1,6 +1,6 @@
 """Rows that grow by one token per model step: what a decode loop asks of the model."""
 
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ class Decoder(Protocol):
 
     Attributes:
         logits: of the next token, (rows, V), in the model's dtype.
-        admits: whether `admit` works.
     """
 
     logits: Tensor
-    admits: ClassVar[bool]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends `tokens` (rows,) int64 and returns the logits after them, (rows, V)."""
@@ -27,10 +25,6 @@ class Decoder(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Goes on with `rows` only, (rows',) int64 indices into the present ones."""
-        ...
-
-    def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
-        """Puts fresh rows behind the present ones; arguments as in `make_decoder`."""
         ...
 
 

@@ -7,8 +7,6 @@ Where steps can be captured (`captured_step`), all that a step reads and writes 
 column is a tensor, and attention looks at the whole table under a mask. Elsewhere it looks at the columns in use.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,6 @@ class TrunkDecoder:
     Attributes:
         logits: of the next token, (rows, V), in the model's dtype.
     """
-
-    admits: ClassVar[bool] = True
 
     def __init__(
         self, backbone: Backbone, trunk: Trunk, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int
@@ -88,7 +84,7 @@ class TrunkDecoder:
         self._settle()
 
     def admit(self, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor) -> None:
-        """See `Decoder`."""
+        """Puts fresh rows behind the present ones; arguments as in `make_decoder`."""
         states, keys, values = self._prefill(prompt_ids, prompt_lengths)
         self._of_one_age, self._positions = False, max(self._positions, prompt_ids.shape[1] + self._max_new_tokens)
         present = len(self.logits)
