@@ -27,6 +27,7 @@ from typing import Any
 import common
 import torch
 import transformers
+from stable_baselines3.common.utils import get_device
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -145,7 +146,7 @@ def candidates(case: Case, policy: CausalLMPolicy, prompt_ids: Tensor, lengths: 
     }
 
 
-def measure(name: str, case: Case, device: str, repeats: int) -> dict[str, float]:
+def measure(name: str, case: Case, device: torch.device, repeats: int) -> dict[str, float]:
     """Returns the median tokens per second of each candidate, and the ratio to the best of transformers."""
     model = make_model(case.model)
     policy = CausalLMPolicy(model, make_tokenizer(model.config.vocab_size), device=device, seed=0)
@@ -169,15 +170,16 @@ def main() -> None:
     parser = common.parser(__doc__, device="auto", repeats=7)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help="some of the questions")
     arguments: argparse.Namespace = parser.parse_args()
+    device = get_device(arguments.device)
     transformers.logging.set_verbosity_error()
     results = {}
     for name in arguments.cases:
-        results[name] = rates = measure(name, CASES[name], arguments.device, arguments.repeats)
+        results[name] = rates = measure(name, CASES[name], device, arguments.repeats)
         print(name)
         for each, value in rates.items():
             wanted = f"    wanted on a CPU: {CASES[name].wanted}" if CASES[name].wanted else ""
             print(f"    {each:<40}{value:>10,.2f}{wanted}" if "ratio" in each else f"    {each:<40}{value:>10,.0f} tokens/s")
-    common.write(arguments.out, {"setting": common.setting(arguments.device), "wanted on a GPU": ON_GPU, "tokens per second": results})
+    common.write(arguments.out, {"setting": common.setting(device), "wanted on a GPU": ON_GPU, "tokens per second": results})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What the trunks of all architectures have in common."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
+
+Part: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Attention(Protocol):
@@ -24,8 +28,8 @@ class Attention(Protocol):
 class Trunk(ABC):
     """The layers of one architecture over a flat line of tokens.
 
-    Parameters are read from the model's own modules at every call, and its projections are called as modules wherever they are not
-    plain ones, so that LoRA adapters and quantised layers work and training changes what it should.
+    Parameters are read from the model's own modules at every call (of one `for_decoding`: once), and its projections are called as modules
+    wherever they are not plain ones, so that LoRA adapters and quantised layers work and training changes what it should.
 
     Args:
         model: the transformers model without its language-model head; of one of `architectures`.
@@ -37,6 +41,7 @@ class Trunk(ABC):
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
         self.head_size = self._head_size()
+        self._found: list[Any] | None = None
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Returns the last hidden states, (N, H), of tokens `ids` (N,) int64 at `positions` (N,) int64.
@@ -45,7 +50,7 @@ class Trunk(ABC):
         """
         states, context = self.embed(ids, positions)
         again = torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False)
-        for index, layer in enumerate(self.layers()):
+        for index, layer in enumerate(self.layers() if self._found is None else self._found):
             if again:
                 states = checkpoint(self.run_layer, index, layer, states, context, attend, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -57,8 +62,10 @@ class Trunk(ABC):
         """Works out what depends on positions alone, for those below `limit`; called before a run."""
 
     def for_decoding(self) -> "Trunk":
-        """Returns a trunk for one decode loop, during which no parameter changes."""
-        return self
+        """Returns a trunk for one decode loop, during which no parameter changes: finding them takes time at each of its steps."""
+        trunk = copy.copy(self)
+        trunk._found = self.layers()
+        return trunk
 
     def checkpoint_gradients(self) -> None:
         """Turns the model's gradient checkpointing on."""
@@ -86,8 +93,8 @@ class Trunk(ABC):
         """Whether this model's configuration asks for nothing that the trunk does not do."""
 
     @abstractmethod
-    def layers(self) -> Iterable[Any]:
-        """The decoder layers."""
+    def layers(self) -> list[Any]:
+        """Returns what `run_layer` takes of each decoder layer: its parts as functions."""
 
     @abstractmethod
     def bypassed(self) -> Iterator[nn.Module]:
@@ -115,24 +122,18 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def linear(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Applies a projection to (N, in), giving (N, out); the plain kinds without the detour through their `forward`."""
-    if is_plain(module):
-        weight, bias = module.weight, module.bias
-        if type(module) is nn.Linear:
-            return functional.linear(inputs, weight, bias)  # type: ignore[arg-type]
-        return torch.addmm(bias, inputs, weight)  # type: ignore[arg-type]
-    projected: Tensor = module(inputs)
-    return projected
+def projection(module: nn.Module) -> Part:
+    """Returns a projection as a function from (N, in) to (N, out); the plain kinds without the detour through their `forward`."""
+    if not is_plain(module):
+        return module
+    if type(module) is nn.Linear:
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    return partial(torch.addmm, module.bias, mat2=module.weight)
 
 
-def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def activation(module: nn.Module) -> Part:
     """Returns a fused form of an activation module if there is one, else the module."""
     if type(module) in (NewGELUActivation, GELUTanh):
         # One kernel, where transformers' "gelu_new" spells out the formula in eight.
-        return _gelu_tanh
+        return partial(functional.gelu, approximate="tanh")
     return module
-
-
-def _gelu_tanh(inputs: Tensor) -> Tensor:
-    return functional.gelu(inputs, approximate="tanh")

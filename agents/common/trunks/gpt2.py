@@ -1,14 +1,14 @@
 """GPT-2's trunk (Radford et al. 2019)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from textgym.agents.common.trunks.base import Attention, Trunk, activation, is_plain, linear
+from textgym.agents.common.trunks.base import Attention, Part, Trunk, activation, projection
 
 
 class GPT2Trunk(Trunk):
@@ -26,10 +26,9 @@ class GPT2Trunk(Trunk):
     def prepare(self, limit: int) -> None:
         """See `Trunk`: learned positions are there."""
 
-    def layers(self) -> Iterable[Any]:
+    def layers(self) -> list[Any]:
         """See `Trunk`."""
-        blocks: nn.ModuleList = self.model.h
-        return blocks
+        return [_Block(block) for block in self.model.h]
 
     def bypassed(self) -> Iterator[nn.Module]:
         """See `Trunk`."""
@@ -41,62 +40,30 @@ class GPT2Trunk(Trunk):
         """See `Trunk`."""
         return self.model.wte(ids) + self.model.wpe(positions), None
 
-    def run_layer(self, index: int, layer: Any, states: Tensor, context: None, attend: Attention) -> Tensor:
+    def run_layer(self, index: int, layer: "_Block", states: Tensor, context: None, attend: Attention) -> Tensor:
         """See `Trunk`."""
-        projected = linear(layer.attn.c_attn, _norm(layer.ln_1, states))
+        projected = layer.attention(layer.first_norm(states))
         queries, keys, values = projected.view(states.shape[0], 3, -1, self.head_size).unbind(1)
-        states = states + linear(layer.attn.c_proj, attend(index, queries, keys, values))
-        inner = activation(layer.mlp.act)(linear(layer.mlp.c_fc, _norm(layer.ln_2, states)))
-        return states + linear(layer.mlp.c_proj, inner)
+        states = states + layer.output(attend(index, queries, keys, values))
+        return states + layer.outer(layer.activation(layer.inner(layer.second_norm(states))))
 
     def finish(self, states: Tensor) -> Tensor:
         """See `Trunk`."""
-        return _norm(self.model.ln_f, states)
-
-    def for_decoding(self) -> Trunk:
-        """See `Trunk`: looking modules up takes a good part of a small model's step."""
-        blocks = [(block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj) for block in self.model.h]
-        plain = all(type(module) is Conv1D and is_plain(module) for block in blocks for module in block)
-        return _DecodingGPT2Trunk(self) if plain else self
+        return _norm(self.model.ln_f)(states)
 
     def _head_size(self) -> int:
         return int(self.model.config.hidden_size // self.model.config.num_attention_heads)
 
 
-class _DecodingGPT2Trunk(GPT2Trunk):
-    """The same for one decode loop: no attribute is looked up twice.
-
-    Args:
-        trunk: whose weights are read.
-    """
-
-    def __init__(self, trunk: GPT2Trunk) -> None:
-        super().__init__(trunk.model)
-        self._blocks = [_BlockWeights(block) for block in self.model.h]
-
-    def layers(self) -> Iterable[Any]:
-        """See `Trunk`."""
-        return self._blocks
-
-    def run_layer(self, index: int, layer: "_BlockWeights", states: Tensor, context: None, attend: Attention) -> Tensor:
-        """See `Trunk`."""
-        projected = torch.addmm(layer.attention[0], torch.layer_norm(states, *layer.first_norm), layer.attention[1])
-        queries, keys, values = projected.view(states.shape[0], 3, -1, self.head_size).unbind(1)
-        states = states + torch.addmm(layer.output[0], attend(index, queries, keys, values), layer.output[1])
-        inner = layer.activation(torch.addmm(layer.inner[0], torch.layer_norm(states, *layer.second_norm), layer.inner[1]))
-        return states + torch.addmm(layer.outer[0], inner, layer.outer[1])
-
-
-class _BlockWeights:
-    """The tensors of one block, found once."""
+class _Block:
+    """The parts of one block."""
 
     def __init__(self, block: Any) -> None:
-        self.first_norm, self.second_norm = ((norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.ln_1, block.ln_2))
-        self.attention, self.output, self.inner, self.outer = (
-            (module.bias, module.weight) for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        )
+        self.first_norm, self.second_norm = _norm(block.ln_1), _norm(block.ln_2)
+        self.attention, self.output = projection(block.attn.c_attn), projection(block.attn.c_proj)
+        self.inner, self.outer = projection(block.mlp.c_fc), projection(block.mlp.c_proj)
         self.activation = activation(block.mlp.act)
 
 
-def _norm(module: Any, states: Tensor) -> Tensor:
-    return torch.layer_norm(states, module.normalized_shape, module.weight, module.bias, module.eps)
+def _norm(module: Any) -> Part:
+    return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps)

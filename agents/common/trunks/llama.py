@@ -1,6 +1,7 @@
 """The trunk of Llama (Touvron et al. 2023, arXiv:2302.13971) and of the models that took its layers: Mistral, Qwen2, Qwen3."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from textgym.agents.common.trunks.base import Attention, Trunk, activation, is_plain, linear
+from textgym.agents.common.trunks.base import Attention, Part, Trunk, activation, is_plain, projection
 
 Rotation = tuple[Tensor, Tensor]
+Heads = tuple[Tensor, Tensor, Tensor]
 LARGEST_MERGED = 2**24  # parameters; beyond, products take so long that their number does not matter, and copies are large
 
 
@@ -39,10 +41,9 @@ class LlamaTrunk(Trunk):
         config: Any = model.config
         return config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
 
-    def layers(self) -> Iterable[Any]:
+    def layers(self) -> list[Any]:
         """See `Trunk`."""
-        layers: nn.ModuleList = self.model.layers
-        return layers
+        return [_Layer(layer, self.head_size) for layer in self.model.layers]
 
     def bypassed(self) -> Iterator[nn.Module]:
         """See `Trunk`."""
@@ -57,56 +58,46 @@ class LlamaTrunk(Trunk):
         cosines, sines = self._rotations
         return states, (cosines.index_select(0, positions), sines.index_select(0, positions))
 
-    def run_layer(self, index: int, layer: Any, states: Tensor, context: Rotation, attend: Attention) -> Tensor:
+    def run_layer(self, index: int, layer: "_Layer", states: Tensor, context: Any, attend: Attention) -> Tensor:
         """See `Trunk`."""
-        block, normed = layer.self_attn, _norm(layer.input_layernorm, states)
-        heads = (states.shape[0], -1, self.head_size)
-        queries, keys, values = (linear(module, normed).view(heads) for module in (block.q_proj, block.k_proj, block.v_proj))
-        if hasattr(block, "q_norm"):  # Qwen3
-            queries, keys = _norm(block.q_norm, queries), _norm(block.k_norm, keys)
-        seen = attend(index, _rotate(queries, context), _rotate(keys, context), values)
-        states = states + linear(block.o_proj, seen)
-        normed = _norm(layer.post_attention_layernorm, states)
-        gated = activation(layer.mlp.act_fn)(linear(layer.mlp.gate_proj, normed)) * linear(layer.mlp.up_proj, normed)
-        return states + linear(layer.mlp.down_proj, gated)
+        states = states + layer.output(attend(index, *layer.attention(layer.first_norm(states), context)))
+        normed = layer.second_norm(states)
+        return states + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
 
     def finish(self, states: Tensor) -> Tensor:
         """See `Trunk`."""
-        return _norm(self.model.norm, states)
+        return _norm(self.model.norm)(states)
 
     def for_decoding(self) -> Trunk:
         """See `Trunk`: a small model's step is short of work and long of operations, so it gets fewer."""
-        if torch.is_autocast_enabled(self.model.device.type):
-            return self  # there are no complex numbers of half precision
         small = sum(parameter.numel() for parameter in self.model.layers.parameters()) <= LARGEST_MERGED
-        return _DecodingLlamaTrunk(self) if small and all(_is_mergeable(layer) for layer in self.model.layers) else self
+        # There are no complex numbers of half precision.
+        mergeable = small and not torch.is_autocast_enabled(self.model.device.type)
+        mergeable = mergeable and all(_is_mergeable(layer.self_attn) for layer in self.model.layers)
+        return Trunk.for_decoding(_MergedLlamaTrunk(self) if mergeable else self)
 
     def _head_size(self) -> int:
         return int(self.model.layers[0].self_attn.head_dim)
 
 
-class _DecodingLlamaTrunk(LlamaTrunk):
-    """The same for one decode loop over a small model: one product for queries, keys and values, and no attribute looked up twice.
+class _MergedLlamaTrunk(LlamaTrunk):
+    """The same with one product for queries, keys and values, over copies of their weights: good for one decode loop over a small model.
 
-    Its weights of queries and keys are copies that hold the two halves of each head's dimensions in turns, in both alike, which no product
-    of the two notices: turning by positions is then one multiplication of complex numbers.
+    The copies of queries and keys hold the two halves of each head's dimensions in turns, in both alike, which no product of the two
+    notices: turning by positions is then one multiplication of complex numbers.
 
     Args:
-        trunk: whose weights are read.
+        trunk: whose weights are copied.
     """
 
     def __init__(self, trunk: LlamaTrunk) -> None:
         super().__init__(trunk.model)
         self._rotations = trunk._rotations
-        self._layers = [_LayerWeights(layer, self.head_size) for layer in self.model.layers]
-        block = self.model.layers[0].self_attn
-        self._heads = block.q_proj.out_features // self.head_size
-        self._turned = self._heads + block.k_proj.out_features // self.head_size
         self._angles: Tensor | None = None
 
-    def layers(self) -> Iterable[Any]:
+    def layers(self) -> list[Any]:
         """See `Trunk`."""
-        return self._layers
+        return [_MergedLayer(layer, self.head_size) for layer in self.model.layers]
 
     def prepare(self, limit: int) -> None:
         """See `Trunk`."""
@@ -120,32 +111,49 @@ class _DecodingLlamaTrunk(LlamaTrunk):
         assert self._angles is not None, "`prepare` comes first"
         return self.model.embed_tokens(ids), self._angles.index_select(0, positions)
 
-    def run_layer(self, index: int, layer: "_LayerWeights", states: Tensor, context: Any, attend: Attention) -> Tensor:
-        """See `Trunk`."""
-        normed = torch.rms_norm(states, layer.shape, layer.first_norm, layer.eps)
-        heads = functional.linear(normed, layer.attention, layer.attention_bias).view(states.shape[0], -1, self.head_size)
-        pairs = torch.view_as_complex(heads[:, : self._turned].unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * context).flatten(-2)
-        seen = attend(index, turned[:, : self._heads], turned[:, self._heads :], heads[:, self._turned :])
-        states = states + functional.linear(seen, *layer.output)
-        normed = torch.rms_norm(states, layer.shape, layer.second_norm, layer.eps)
-        gated = layer.activation(functional.linear(normed, *layer.gate)) * functional.linear(normed, *layer.up)
-        return states + functional.linear(gated, *layer.down)
 
-
-class _LayerWeights:
-    """The tensors of one layer, found once."""
+class _Layer:
+    """The parts of one layer."""
 
     def __init__(self, layer: Any, head_size: int) -> None:
-        block, feed_forward = layer.self_attn, layer.mlp
-        self.first_norm, self.second_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.shape, self.eps = self.first_norm.shape, layer.input_layernorm.variance_epsilon
-        self.attention = _merged(block, "weight", head_size)
-        self.attention_bias = None if block.q_proj.bias is None else _merged(block, "bias", head_size)
-        self.output, self.gate, self.up, self.down = (
-            (module.weight, module.bias) for module in (block.o_proj, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj)
-        )
-        self.activation = activation(feed_forward.act_fn)
+        self.head_size = head_size
+        self.first_norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.output, block = projection(layer.self_attn.o_proj), layer.mlp
+        self.gate, self.up, self.down = (projection(module) for module in (block.gate_proj, block.up_proj, block.down_proj))
+        self.activation = activation(block.act_fn)
+        self.find_attention(layer.self_attn)
+
+    def find_attention(self, block: Any) -> None:
+        """Finds the parts that `attention` needs."""
+        self.queries, self.keys, self.values = (projection(module) for module in (block.q_proj, block.k_proj, block.v_proj))
+        # Qwen3 norms each head.
+        self.head_norms = (_norm(block.q_norm), _norm(block.k_norm)) if hasattr(block, "q_norm") else None
+
+    def attention(self, normed: Tensor, rotation: Any) -> Heads:
+        """Returns queries, keys and values, (N, heads, d) each, the first two turned by positions."""
+        shape = (normed.shape[0], -1, self.head_size)
+        queries, keys, values = (project(normed).view(shape) for project in (self.queries, self.keys, self.values))
+        if self.head_norms is not None:
+            queries, keys = self.head_norms[0](queries), self.head_norms[1](keys)
+        return _rotate(queries, rotation), _rotate(keys, rotation), values
+
+
+class _MergedLayer(_Layer):
+    """The parts of one layer of `_MergedLlamaTrunk`."""
+
+    def find_attention(self, block: Any) -> None:
+        """Copies the weights."""
+        bias = None if block.q_proj.bias is None else _merged(block, "bias", self.head_size)
+        self.projected = partial(functional.linear, weight=_merged(block, "weight", self.head_size), bias=bias)
+        self.heads = block.q_proj.out_features // self.head_size
+        self.turned = self.heads + block.k_proj.out_features // self.head_size
+
+    def attention(self, normed: Tensor, rotation: Any) -> Heads:
+        """See `_Layer`."""
+        heads = self.projected(normed).view(normed.shape[0], -1, self.head_size)
+        pairs = torch.view_as_complex(heads[:, : self.turned].unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * rotation).flatten(-2)
+        return turned[:, : self.heads], turned[:, self.heads :], heads[:, self.turned :]
 
 
 def _merged(block: Any, name: str, head_size: int) -> Tensor:
@@ -160,18 +168,16 @@ def _merged(block: Any, name: str, head_size: int) -> Tensor:
     return torch.cat((in_turns(queries), in_turns(keys), values))
 
 
-def _is_mergeable(layer: Any) -> bool:
-    """Whether `_LayerWeights` says all there is to say of a layer."""
-    block, feed_forward = layer.self_attn, layer.mlp
+def _is_mergeable(block: Any) -> bool:
+    """Whether an attention block's first projections are plain products, with biases in all of them or none, and heads without norms."""
     together = (block.q_proj, block.k_proj, block.v_proj)
-    projections = (*together, block.o_proj, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj)
-    plain = all(type(module) is nn.Linear and is_plain(module) for module in projections)
+    plain = all(type(module) is nn.Linear and is_plain(module) for module in together)
     alike = len({module.bias is None for module in together}) == 1
     return plain and alike and not hasattr(block, "q_norm") and block.q_proj.weight.dtype in (torch.float32, torch.float64)
 
 
-def _norm(module: Any, states: Tensor) -> Tensor:
-    return torch.rms_norm(states, module.weight.shape, module.weight, module.variance_epsilon)
+def _norm(module: Any) -> Part:
+    return partial(torch.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon)
 
 
 def _rotate(vectors: Tensor, rotation: Rotation) -> Tensor:
