@@ -117,10 +117,11 @@ def wrap_all(spans: Spans, agent: PPO) -> None:
     for decoder in decoders():
         spans.wrap(decoder, "__init__", PREFILL)
         spans.wrap(decoder, "step", STEPS)
-    methods = {(definer(type(layer), name), name) for layer in layers(agent.vector_env) for name in ("reset", "step", "step_sequence")}
+    names = ("reset", "step", "step_sequence", "start_sequence")
+    methods = {(definer(type(layer), name), name) for layer in layers(agent.vector_env) for name in names}
     for owner, name in sorted(methods, key=str):
         spans.wrap(owner, name, ENVIRONMENT)
-    for name in ("terminal", "dense_step", "dense_sequence"):
+    for name in ("start_terminal", "dense_step", "start_dense_sequence"):
         spans.wrap(RewardSet, name, REWARDS)
     for name in ("sequence_log_probs", "paired_sequence_log_probs", "reference_sequence_log_probs"):
         spans.wrap(definer(CausalLMPolicy, name), name, REFERENCE)

@@ -79,6 +79,7 @@ class EpisodeRows:
     Attributes:
         input_ids: (N, L) int64, `fill_token_id` where there is no token.
         attention_mask: (N, L) int8, 1 where there is a token.
+        episodes: (N,) int64, how many each row has begun.
         lengths: (N,) int64, tokens of the completion so far.
         phases: (N,) int8, a `Phase` per row.
         returns: (N,) float64, the reward of the episode so far, kept for rendering.
@@ -93,6 +94,7 @@ class EpisodeRows:
         self.num_rows = num_rows
         self.input_ids: IntArray = np.full((num_rows, task.length), task.fill_token_id, dtype=np.int64)
         self.attention_mask: npt.NDArray[np.int8] = np.zeros((num_rows, task.length), dtype=np.int8)
+        self.episodes: IntArray = np.zeros(num_rows, dtype=np.int64)
         self.lengths: IntArray = np.zeros(num_rows, dtype=np.int64)
         self.phases: npt.NDArray[np.int8] = np.full(num_rows, Phase.NEEDS_RESET, dtype=np.int8)
         self.returns: Float64Array = np.zeros(num_rows)
@@ -129,6 +131,7 @@ class EpisodeRows:
         self.prompt_indices[row] = prompt.prompt_index
         if prompt.prompt_index < 0:
             self.free_prompts[row] = prompt
+        self.episodes[row] += 1
         self.lengths[row] = 0
         self.phases[row] = Phase.RUNNING
         self.returns[row] = 0.0
@@ -145,6 +148,7 @@ class EpisodeRows:
         self.input_ids[rows, : task.max_prompt_tokens] = ids
         self.attention_mask[rows, : task.max_prompt_tokens] = real
         self.prompt_indices[rows] = indices
+        self.episodes[rows] += 1
         self.lengths[rows] = 0
         self.phases[rows] = Phase.RUNNING
         self.returns[rows] = 0.0
@@ -205,7 +209,7 @@ class EpisodeRows:
         """Returns the completions of `rows` so far with their prompts and columns, as rewards see them."""
         start = self.task.max_prompt_tokens
         lengths = self.lengths[rows].tolist()
-        tokens = self.input_ids[rows, start : start + max(lengths)].tolist()
+        tokens = self.input_ids[rows, start : start + max(lengths, default=0)].tolist()
         prompts, columns = self._prompts_of(rows)
         return EpisodeBatch(
             prompts=prompts,
@@ -223,7 +227,7 @@ class EpisodeRows:
     def _prompts_of(self, rows: Sequence[int] | IntArray) -> tuple[list[PromptText], dict[str, list[Any]]]:
         """Returns the prompts of `rows`, as objects of the caller's own, and their other columns."""
         prompt_set, indices = self.task.prompt_set, self.prompt_indices[rows].tolist()
-        if min(indices) >= 0:
+        if min(indices, default=0) >= 0:
             columns = {name: [values[i] for i in indices] for name, values in prompt_set.columns.items()}
             return [copy_prompt(prompt_set.texts[i]) for i in indices], columns
         prompts = [prompt_set[i] if i >= 0 else self.free_prompts[row] for row, i in zip(rows, indices, strict=True)]
@@ -237,14 +241,6 @@ class EpisodeRows:
         for name, values in parts.items():
             self._dense_sum(name)[rows] += values
         return rewards, parts
-
-    def pay_dense_sequences(self, rows: IntArray, finished: BoolArray) -> tuple[list[Float64Array], dict[str, Float64Array]]:
-        """Returns what the dense rewards pay for each token of whole completions, K weighted arrays, and by name for the last token."""
-        rewards, parts = self.task.rewards.dense_sequence(self.batch(rows), finished)
-        self.returns[rows] = [values.sum() for values in rewards]
-        for name, values in parts.items():
-            self._dense_sum(name)[rows] = [value.sum() for value in values]
-        return rewards, {name: np.array([value[-1] for value in values]) for name, values in parts.items()}
 
     def _dense_sum(self, name: str) -> Float64Array:
         if name not in self.dense_sums:
@@ -260,11 +256,17 @@ class EpisodeRows:
         batch = self.batch(rows)
         totals, parts = self.task.rewards.terminal(batch)
         self.returns[rows] += totals
-        parts = parts | {name: sums[rows] for name, sums in self.dense_sums.items()}
-        ends = self.task.ends_episode[self.input_ids[rows, self.task.max_prompt_tokens + self.lengths[rows] - 1]]
-        reasons: list[FinishReason] = ["eos" if end else "length" for end in ends.tolist()]
-        ordered = {name: parts[name] for name in self.task.rewards.names if name in parts}
-        outcome = Outcome(batch, reasons, ordered)
-        for place, row in enumerate(rows.tolist()):
-            self.outcomes[row] = (outcome, place)
+        sums = {name: values[rows] for name, values in self.dense_sums.items()}
+        outcome = Outcome(batch, self.finish_reasons(rows), self.task.rewards.in_order(parts | sums))
+        self.note(rows, outcome)
         return totals, outcome
+
+    def finish_reasons(self, rows: IntArray) -> list[FinishReason]:
+        """Returns why the completions of `rows` (K,), which are over, are."""
+        ends = self.task.ends_episode[self.input_ids[rows, self.task.max_prompt_tokens + self.lengths[rows] - 1]]
+        return ["eos" if end else "length" for end in ends.tolist()]
+
+    def note(self, rows: IntArray, outcome: Outcome, places: IntArray | None = None) -> None:
+        """Keeps for rendering what came of the episodes of `rows` (K,), which stand at `places` (K,) of it; by default in its order."""
+        for place, row in zip(range(len(rows)) if places is None else places.tolist(), rows.tolist(), strict=True):
+            self.outcomes[row] = (outcome, place)

@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from textgym.envs.core import EpisodeRows, Phase
+from textgym.envs.core import EpisodeRows, Outcome, Phase
 from textgym.envs.task import TextTask
+from textgym.pending import Pending
+from textgym.rewards.compose import Scores, TokenScores
 from textgym.types import BoolArray, Info, IntArray, SequenceResult
 
 
-def walk_sequences(rows: EpisodeRows, actions: Any, lengths: Any, max_episode_steps: int | None) -> SequenceResult:
-    """Writes whole completions into freshly reset rows and pays them (see `TextGenVectorEnv.step_sequence`).
+def start_sequences(rows: EpisodeRows, actions: Any, lengths: Any, max_episode_steps: int | None) -> Pending[SequenceResult]:
+    """Writes whole completions into freshly reset rows and asks for their rewards (see `TextGenVectorEnv.start_sequence`).
 
     Args:
         rows: the state, N rows.
@@ -24,21 +26,33 @@ def walk_sequences(rows: EpisodeRows, actions: Any, lengths: Any, max_episode_st
     truncated = used == max_episode_steps if max_episode_steps is not None else np.zeros(rows.num_rows, dtype=np.bool_)
     rows.write_sequences(tokens, used)
     rows.phases[:] = Phase.NEEDS_RESET
-    rewards = np.zeros(tokens.shape, dtype=np.float64)
-    infos: list[Info] = [{} for _ in range(rows.num_rows)]
-    stepped = np.flatnonzero(used)
-    if rows.task.rewards.has_dense and len(stepped):
-        paid, parts = rows.pay_dense_sequences(stepped, terminated[stepped])
-        for place, row in enumerate(stepped.tolist()):
-            rewards[row, : used[row]] = paid[place]
-            infos[row]["dense_rewards"] = {name: float(values[place]) for name, values in parts.items()}
-    finished = np.flatnonzero(terminated)
-    if len(finished):
-        totals, outcome = rows.pay_final(finished)
+    reward, stepped, finished = rows.task.rewards, np.flatnonzero(used), np.flatnonzero(terminated)
+    asked_dense = stepped if reward.has_dense else stepped[:0]
+    with reward.start_dense_sequence(rows.batch(asked_dense), terminated[asked_dense]) as dense:
+        ended = rows.batch(finished)
+        final = reward.start_terminal(ended)
+    reasons, episodes = rows.finish_reasons(finished), rows.episodes.copy()
+
+    def result(paid: tuple[TokenScores, Scores]) -> SequenceResult:
+        """Puts the payments where they belong; the rows may have begun other episodes meanwhile."""
+        (dense_rewards, dense_parts), (totals, parts) = paid
+        rewards = np.zeros(tokens.shape, dtype=np.float64)
+        infos: list[Info] = [{} for _ in range(rows.num_rows)]
+        for place, row in enumerate(asked_dense.tolist()):
+            rewards[row, : used[row]] = dense_rewards[place]
+            infos[row]["dense_rewards"] = {name: float(values[place][-1]) for name, values in dense_parts.items()}
         rewards[finished, used[finished] - 1] += totals
+        of_finished = np.flatnonzero(terminated[asked_dense])
+        sums = {name: np.array([values[place].sum() for place in of_finished]) for name, values in dense_parts.items()}
+        outcome = Outcome(ended, reasons, reward.in_order(parts | sums))
         for row, info in zip(finished.tolist(), outcome.infos(), strict=True):
             infos[row] |= info
-    return SequenceResult(rewards.astype(np.float32), terminated, truncated, used, infos)
+        same = rows.episodes == episodes
+        rows.returns[same] = rewards.sum(axis=1)[same]
+        rows.note(finished[same[finished]], outcome, np.flatnonzero(same[finished]))
+        return SequenceResult(rewards.astype(np.float32), terminated, truncated, used, infos)
+
+    return dense.beside(final).then(result)
 
 
 def _check_shapes(actions: Any, lengths: Any, num_rows: int) -> tuple[IntArray, IntArray]:

@@ -16,10 +16,11 @@ from textgym.envs.attributes import TaskAttributes
 from textgym.envs.core import EpisodeRows, Phase
 from textgym.envs.options import check_autoreset_mode, check_mask, check_options, check_render_mode, check_seeds
 from textgym.envs.rendering import row_frame
-from textgym.envs.sequences import walk_sequences
+from textgym.envs.sequences import start_sequences
 from textgym.envs.task import build_task, check_count
 from textgym.envs.vector_infos import InfoBuilder
 from textgym.errors import EpisodeEndedError
+from textgym.pending import Pending
 from textgym.prompts import Prompt
 from textgym.types import BoolArray, Info, IntArray, Observation, SequenceResult
 
@@ -361,14 +362,22 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         Returns:
             Rewards (num_envs, T'), end flags and lengths per row, and the info of each row's last step.
         """
+        return self.start_sequence(actions, lengths).result()
+
+    def start_sequence(self, actions: IntArray, lengths: IntArray) -> Pending[SequenceResult]:
+        """Begins a `step_sequence`: rewards that are async functions are waited for when the result is asked for.
+
+        Rows may be reset before that.
+        """
         if not self.fresh.all():
             raise EpisodeEndedError(
                 f"`step_sequence` needs rows that are freshly reset and not held, and rows {np.flatnonzero(~self.fresh).tolist()} are not; "
                 "call `reset` first."
             )
-        result = walk_sequences(self._rows, actions, lengths, self.max_episode_steps)
-        self._print(np.flatnonzero(result.terminated))
-        return result
+        started = start_sequences(self._rows, actions, lengths, self.max_episode_steps)
+        if self.render_mode == "human":  # what is printed is what the rows hold
+            self._print(np.flatnonzero(started.result().terminated))
+        return started
 
     def render(self) -> tuple[str, ...] | None:
         """Returns the episode of each row so far as text in mode "ansi"; in mode "human" each was printed when it ended."""

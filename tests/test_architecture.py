@@ -16,6 +16,7 @@ SOURCES = {"textgym": ROOT / "textgym", "textgym.envs": ROOT / "envs", "textgym.
 LAYERS = [
     ("textgym.types", 0),
     ("textgym.errors", 0),
+    ("textgym.pending", 0),
     ("textgym.tokenizers", 1),
     ("textgym.prompts", 1),
     ("textgym.rewards", 1),

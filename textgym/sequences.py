@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from textgym.pending import Pending
 from textgym.plans import checked_plan, prime_stack
 from textgym.row_holding import row_holder
 from textgym.stacks import definer, vector_layers
@@ -56,6 +57,34 @@ def step_sequence(envs: Any, actions: npt.ArrayLike, lengths: npt.ArrayLike, log
     if isinstance(envs, VectorWrapper):
         return envs.step_sequence(*plan)  # type: ignore[attr-defined, no-any-return]
     return envs.step_sequence(plan.actions, plan.lengths)  # type: ignore[no-any-return]
+
+
+def start_sequence(
+    envs: Any, actions: npt.ArrayLike, lengths: npt.ArrayLike, log_probs: npt.ArrayLike | None = None
+) -> Pending[SequenceResult]:
+    """Begins a `step_sequence`, so that something else can be done while rewards that are async functions are waited for.
+
+    Everything but those rewards happens now, in the order of `step_sequence`; rows may then be reset and stepped further. Where a layer
+    cannot take whole sequences at once or does not start them (`NormalizeReward`, whose next episodes depend on the returns of these),
+    all of it happens now.
+
+    Args:
+        envs: as in `step_sequence`, and so are the others.
+        actions: (N, T) token ids.
+        lengths: (N,) tokens to send, 1 to T.
+        log_probs: (N, T) or None.
+
+    Returns:
+        What `step_sequence` returns, from its `result()`. Ask for results in the order in which they were begun, and leave the policies of
+        a `KLShaping` as they are until then.
+    """
+    envs = as_vector_env(envs)
+    if not (one_pass(envs) and _starts_sequences(envs)):
+        return Pending.of(step_sequence(envs, actions, lengths, log_probs))
+    plan = checked_plan(envs, actions, lengths, log_probs)
+    arguments = plan if isinstance(envs, VectorWrapper) else plan[:2]
+    started: Pending[SequenceResult] = envs.start_sequence(*arguments)
+    return started
 
 
 def one_pass(envs: Any) -> bool:
@@ -231,6 +260,13 @@ def _steps_whole_sequences(layer: Any) -> bool:
         return False
     definers = {name: definer(type(layer), name) for name in ("step_sequence", "step", "reset")}
     return all(issubclass(definers["step_sequence"], definers[name]) for name in ("step", "reset"))
+
+
+def _starts_sequences(layer: Any) -> bool:
+    """Does this layer start whole sequences, and mean its own `step_sequence` by it?"""
+    if not callable(getattr(type(layer), "start_sequence", None)):
+        return False
+    return issubclass(definer(type(layer), "start_sequence"), definer(type(layer), "step_sequence"))
 
 
 def _last_infos(infos: Mapping[str, Any], rows: list[int], ended: BoolArray, held: bool) -> list[Info]:

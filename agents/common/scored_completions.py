@@ -11,8 +11,9 @@ from textgym.agents.common.generation import Generation
 from textgym.agents.common.offline_rows import Example, Ids
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.policy import CausalLMPolicy
+from textgym.pending import Pending
 from textgym.prompts import PromptSet, PromptText, read_prompts
-from textgym.rewards.compose import EpisodeBatch, RewardSet
+from textgym.rewards.compose import EpisodeBatch, RewardSet, Scores, TokenScores
 from textgym.tokenizers import Decode
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -63,9 +64,7 @@ class PromptRows:
         return [{"prompt": text, **{name: values[i] for name, values in self.columns.items()}} for i, text in enumerate(self.texts)]
 
 
-def score(
-    reward: RewardSet, prompts: PromptRows, prompt_ids: list[list[int]], completion_ids: list[list[int]], decode: Decode
-) -> tuple[Float64Array, dict[str, Float64Array]]:
+def score(reward: RewardSet, prompts: PromptRows, prompt_ids: list[list[int]], completion_ids: list[list[int]], decode: Decode) -> Scores:
     """Scores completions as an environment does at their end: the weighted sum of all parts, dense ones summed over the tokens.
 
     Args:
@@ -78,13 +77,23 @@ def score(
     Returns:
         (N,) rewards, and the unweighted ones of each part, (N,) with NaN where a part did not apply.
     """
+    return start_scoring(reward, prompts, prompt_ids, completion_ids, decode).result()
+
+
+def start_scoring(
+    reward: RewardSet, prompts: PromptRows, prompt_ids: list[list[int]], completion_ids: list[list[int]], decode: Decode
+) -> Pending[Scores]:
+    """Starts `score`, so that something else can be done while rewards that are async functions are waited for."""
     batch = EpisodeBatch(prompts.texts, completion_ids, prompts.columns, prompt_ids=prompt_ids, decode=decode)
-    totals, parts = reward.terminal(batch) if reward.has_terminal else (np.zeros(len(batch)), {})
-    if reward.has_dense:
-        dense, dense_parts = reward.dense_sequence(batch, np.ones(len(batch), dtype=np.bool_))
-        totals = totals + np.array([row.sum() for row in dense])
-        parts = {**parts, **{name: np.array([row.sum() for row in rows]) for name, rows in dense_parts.items()}}
-    return totals, {name: parts[name] for name in reward.names if name in parts}
+    with reward.start_dense_sequence(batch, np.ones(len(batch), dtype=np.bool_)) as dense:
+        final = reward.start_terminal(batch)
+
+    def add_up(paid: tuple[TokenScores, Scores]) -> Scores:
+        (token_rewards, token_parts), (totals, parts) = paid
+        sums = {name: np.array([row.sum() for row in rows]) for name, rows in token_parts.items()}
+        return totals + np.array([row.sum() for row in token_rewards]), reward.in_order(parts | sums)
+
+    return dense.beside(final).then(add_up)
 
 
 def text_ids(policy: CausalLMPolicy, prompts: PromptRows, texts: Sequence[str], where: str) -> tuple[list[Ids], list[Ids]]:

@@ -38,6 +38,7 @@ ADVANTAGES, IMPORTANCE = "textgym.agents.common.advantages", "textgym.agents.com
 REINFORCE, PPO = "textgym.agents.reinforce:REINFORCE", "textgym.agents.clipped:ClippedAgent"
 BASE = "textgym.agents.online:OnlineAgent"
 SHAPING = "textgym.wrappers.shaping:ShapingState"
+SHAPED = "textgym.wrappers.shaping:shape_completions"
 
 
 def family(name: str) -> list[Mutation]:
@@ -188,13 +189,13 @@ ADVANTAGE_MUTATIONS = [
 
 # fmt: off
 AGENT_MUTATIONS = [
-    Mutation("KL: sign", f"{SHAPING}.account_completions", "rewards - self.betas", "rewards + self.betas", agent("PPO, value head")),
-    Mutation("KL: β doubled", f"{SHAPING}.account_completions", "rewards - self", "rewards - 2 * self", agent("PPO, value head")),
-    Mutation("KL: k3 in the reward", f"{SHAPING}.account_completions",
-             "self.betas[:, None] * log_ratio", "self.betas[:, None] * k3(log_ratio)", agent("PPO, value head")),
-    Mutation("KL: k2 in the reward", f"{SHAPING}.account_completions",
-             "self.betas[:, None] * log_ratio", "self.betas[:, None] * k2(log_ratio)", agent("REINFORCE, no baseline")),
-    Mutation("KL: the last token is not penalised", f"{SHAPING}.account_completions",
+    Mutation("KL: sign", SHAPED, "rewards - betas", "rewards + betas", agent("PPO, value head")),
+    Mutation("KL: β doubled", SHAPED, "rewards - betas", "rewards - 2 * betas", agent("PPO, value head")),
+    Mutation("KL: k3 in the reward", SHAPED,
+             "betas[:, None] * log_ratio", "betas[:, None] * k3(log_ratio)", agent("PPO, value head")),
+    Mutation("KL: k2 in the reward", SHAPED,
+             "betas[:, None] * log_ratio", "betas[:, None] * k2(log_ratio)", agent("REINFORCE, no baseline")),
+    Mutation("KL: the last token is not penalised", SHAPED,
              "mask = np.arange(width) < lengths_used[:, None]", "mask = np.arange(width) < lengths_used[:, None] - 1",
              agent("REINFORCE, no baseline")),
     Mutation("KL: sign, stepping", f"{SHAPING}.account",
@@ -258,13 +259,13 @@ AGENT_MUTATIONS = [
              "< self.lengths[:, None]", "< self.lengths[:, None] - 1", agent("REINFORCE, no baseline")),
     Mutation("gradient accumulated over updates", "textgym.agents.base:Agent.step",
              "self.optimizer.zero_grad(set_to_none=True)", "pass", PPO_UPDATE),
-    Mutation("environment: reward on the first token", "textgym.envs.sequences:walk_sequences",
+    Mutation("environment: reward on the first token", "textgym.envs.sequences:start_sequences",
              "rewards[finished, used[finished] - 1] += totals", "rewards[finished, 0] += totals", agent("REINFORCE, no baseline")),
-    Mutation("environment: reward one token late, on the padding", "textgym.envs.sequences:walk_sequences",
+    Mutation("environment: reward one token late, on the padding", "textgym.envs.sequences:start_sequences",
              "rewards[finished, used[finished] - 1] += totals",
              "rewards[finished, np.minimum(used[finished], rewards.shape[1] - 1)] += totals",
              agent("REINFORCE, no baseline")),
-    Mutation("environment: the horizon is a truncation", "textgym.envs.sequences:walk_sequences",
+    Mutation("environment: the horizon is a truncation", "textgym.envs.sequences:start_sequences",
              "truncated = used == max_episode_steps if max_episode_steps is not None else",
              "truncated = used == max_episode_steps if max_episode_steps is not None else (used == rows.task.max_new_tokens) |",
              agent("PPO, value head")),

@@ -6,32 +6,32 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from textgym.errors import RewardError
+from textgym.pending import Pending
 from textgym.rewards import event_loop
 from textgym.rewards.calling import (
     Arguments,
     Float64Array,
     Parameters,
     RewardFunction,
-    as_list,
-    as_number,
     as_scores,
-    check_count,
     read_parameters,
     unique_names,
 )
 from textgym.rewards.dense import DenseKind, Segment, Segmentation, SegmentLevel, dense_kind, segment_batch
 from textgym.rewards.episodes import EpisodeBatch, describe_row
+from textgym.rewards.payers import Payer, pay_tokens, segment_payer
 from textgym.rewards.resolve import listed_rewards, loaded_reward, resolve_reward
 
 __all__ = ["EpisodeBatch", "RewardSet"]
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+T = TypeVar("T")
 _KEPT_LOGS = 10_000  # values kept per name between two `drain_logs`, should nobody drain
 
 
@@ -76,7 +76,8 @@ def _bounded() -> deque[Any]:
 
 
 _Request: TypeAlias = tuple[_Part, EpisodeBatch, dict[str, list[Any]]]
-_Payer: TypeAlias = Callable[[Any, str, EpisodeBatch, list[Float64Array]], None]
+Scores: TypeAlias = tuple[Float64Array, dict[str, Float64Array]]
+TokenScores: TypeAlias = tuple[list[Float64Array], dict[str, list[Float64Array]]]
 
 
 class RewardSet:
@@ -165,6 +166,10 @@ class RewardSet:
         """
         return np.array([parts.get(name, 0.0) for name in self.names], dtype=np.float64)
 
+    def in_order(self, parts: Mapping[str, T]) -> dict[str, T]:
+        """Returns values by name in the order of `names`, those that are there."""
+        return {name: parts[name] for name in self.names if name in parts}
+
     @property
     def has_terminal(self) -> bool:
         """Whether some part scores finished completions."""
@@ -209,17 +214,23 @@ class RewardSet:
         """Returns itself: specs and checkers copy keyword arguments several times, and a reward may hold a model."""
         return self
 
-    def terminal(self, batch: EpisodeBatch) -> tuple[Float64Array, dict[str, Float64Array]]:
+    def terminal(self, batch: EpisodeBatch) -> Scores:
         """Scores finished completions: one call per terminal part.
 
         Returns:
             the weighted totals, (N,) float64, and the unweighted scores of each part, (N,) with NaN where it returned None. A row for
             which every part returned None is a `RewardError`, unless the set has a dense part.
         """
-        totals = np.zeros(len(batch))
+        return self.start_terminal(batch).result()
+
+    def start_terminal(self, batch: EpisodeBatch) -> Pending[Scores]:
+        """Starts `terminal`: plain functions are called now, async ones run on while the caller does something else."""
         if not self._terminal or not len(batch):
-            return totals, {part.name: np.zeros(0) for part in self._terminal}
-        results = self._call([(part, batch, {}) for part in self._terminal])
+            return Pending.of((np.zeros(len(batch)), {part.name: np.zeros(0) for part in self._terminal}))
+        return self._start([(part, batch, {}) for part in self._terminal]).then(partial(self._terminal_scores, batch))
+
+    def _terminal_scores(self, batch: EpisodeBatch, results: list[Any]) -> Scores:
+        totals = np.zeros(len(batch))
         raw = {part.name: as_scores(result, part.name, batch) for part, result in zip(self._terminal, results, strict=True)}
         for part in self._terminal:
             totals += part.weight * np.nan_to_num(raw[part.name], nan=0.0)
@@ -232,7 +243,7 @@ class RewardSet:
                 )
         return totals, raw
 
-    def dense_step(self, prefixes: EpisodeBatch, finished: BoolArray) -> tuple[Float64Array, dict[str, Float64Array]]:
+    def dense_step(self, prefixes: EpisodeBatch, finished: BoolArray) -> Scores:
         """Returns what the dense parts pay for the last token of each prefix.
 
         Args:
@@ -244,10 +255,10 @@ class RewardSet:
         """
         if not all(prefixes.completion_ids):
             raise ValueError("`prefixes` must hold at least one token per row: the reward is that of the last token.")
-        rewards, raw = self._dense_rewards(prefixes, finished, last_only=True)
+        rewards, raw = self._start_dense(prefixes, finished, last_only=True).result()
         return np.array([row[-1] for row in rewards]), {name: np.array([row[-1] for row in rows]) for name, rows in raw.items()}
 
-    def dense_sequence(self, batch: EpisodeBatch, finished: BoolArray) -> tuple[list[Float64Array], dict[str, list[Float64Array]]]:
+    def dense_sequence(self, batch: EpisodeBatch, finished: BoolArray) -> TokenScores:
         """Returns what the dense parts pay for every token of whole completions: what `dense_step` returns for each prefix.
 
         Args:
@@ -257,29 +268,31 @@ class RewardSet:
         Returns:
             the weighted rewards, N arrays (T_i,) float64, and the unweighted ones of each part; 0 where nothing is paid.
         """
-        return self._dense_rewards(batch, finished, last_only=False)
+        return self.start_dense_sequence(batch, finished).result()
 
-    def _dense_rewards(
-        self, batch: EpisodeBatch, finished: BoolArray, *, last_only: bool
-    ) -> tuple[list[Float64Array], dict[str, list[Float64Array]]]:
-        totals = [np.zeros(len(ids)) for ids in batch.completion_ids]
-        raw = {part.name: [np.zeros(len(ids)) for ids in batch.completion_ids] for part in self._dense}
-        if not len(batch):
-            return totals, raw
+    def start_dense_sequence(self, batch: EpisodeBatch, finished: BoolArray) -> Pending[TokenScores]:
+        """Starts `dense_sequence`, as `start_terminal` does `terminal`."""
+        return self._start_dense(batch, finished, last_only=False)
+
+    def _start_dense(self, batch: EpisodeBatch, finished: BoolArray, *, last_only: bool) -> Pending[TokenScores]:
         ends = np.asarray(finished, dtype=bool).tolist()
         requests: list[_Request] = []
-        payers: list[_Payer] = []
-        for part in self._dense:
+        payers: list[Payer] = []
+        for part in self._dense if len(batch) else ():
             if not isinstance(part.kind, SegmentLevel):
                 requests.append((part, batch, {}))
-                payers.append(_pay_tokens)
+                payers.append(pay_tokens)
                 continue
             rows, segments = _closed(part, batch, ends, last_only)
             view, further = segment_batch(batch, rows, segments)
             if rows:
                 requests.append((part, view, further))
-                payers.append(_segment_payer(rows, [-1 if part.kind.at_end else segment.end - 1 for segment in segments]))
-        results = self._call(requests)
+                payers.append(segment_payer(rows, [-1 if part.kind.at_end else segment.end - 1 for segment in segments]))
+        return self._start(requests).then(partial(self._token_scores, batch, requests, payers))
+
+    def _token_scores(self, batch: EpisodeBatch, requests: list[_Request], payers: list[Payer], results: list[Any]) -> TokenScores:
+        totals = [np.zeros(len(ids)) for ids in batch.completion_ids]
+        raw = {part.name: [np.zeros(len(ids)) for ids in batch.completion_ids] for part in self._dense}
         for (part, view, _), pay, result in zip(requests, payers, results, strict=True):
             pay(result, part.name, view, raw[part.name])
         for part in self._dense:
@@ -287,22 +300,24 @@ class RewardSet:
                 total += part.weight * rewards
         return totals, raw
 
-    def _call(self, requests: list[_Request]) -> list[Any]:
+    def _start(self, requests: list[_Request]) -> Pending[list[Any]]:
         """Calls each part with its batch; async ones start at once and run beside the others."""
         results: list[Any] = []
-        try:
-            for part, batch, further in requests:
-                result = self._call_part(part, batch, further)
-                results.append(event_loop.start(result) if isawaitable(result) else result)
-            for i, (part, batch, _) in enumerate(requests):
-                if isinstance(results[i], Future):
-                    results[i] = _noting(results[i].result, part, batch)
-        except BaseException:  # Ctrl-C included: leave nothing running
+
+        def answers() -> list[Any]:
+            called = zip(results, requests, strict=True)
+            return [_noting(result.result, *asked[:2]) if isinstance(result, Future) else result for result, asked in called]
+
+        def cancel() -> None:
             for result in results:
                 if isinstance(result, Future):
                     result.cancel()
-            raise
-        return results
+
+        with Pending(answers, cancel) as pending:
+            for part, batch, further in requests:
+                result = self._call_part(part, batch, further)
+                results.append(event_loop.start(result) if isawaitable(result) else result)
+        return pending if any(isinstance(result, Future) for result in results) else Pending.of(results)
 
     def _call_part(self, part: _Part, batch: EpisodeBatch, further: dict[str, list[Any]]) -> Any:
         logs = {"trainer_state": self.trainer_state, "log_extra": self._logs.log_extra, "log_metric": self._logs.log_metric}
@@ -334,37 +349,6 @@ def _closed(part: _Part, batch: EpisodeBatch, ends: list[bool], last_only: bool)
     else:
         found = [(row, segment) for row, segments in enumerate(segmentation.all_segments(batch, ends)) for segment in segments]
     return [row for row, _ in found], [segment for _, segment in found]
-
-
-def _pay_tokens(result: Any, name: str, batch: EpisodeBatch, rewards: list[Float64Array]) -> None:
-    """Writes what a token-level function returned into `rewards`, after checking it."""
-    rows = as_list(result, name, "one list of numbers per completion")
-    check_count(rows, name, batch)
-    for row, values in enumerate(rows):
-        if values is None:
-            continue
-        numbers = as_list(values, name, "one list of numbers per completion")
-        if len(numbers) != len(rewards[row]):
-            raise RewardError(
-                f"token-level reward `{name}` returned {len(numbers)} numbers for the {len(rewards[row])} tokens of "
-                f"{describe_row(batch, row)}; it must return one per id of `completion_ids`, EOS included."
-            )
-        scores = [as_number(value, name, partial(_describe_token, batch, row, t)) for t, value in enumerate(numbers)]
-        rewards[row][:] = np.nan_to_num(scores, nan=0.0)
-
-
-def _describe_token(batch: EpisodeBatch, row: int, t: int) -> str:
-    return f"token {t} of {describe_row(batch, row)}"
-
-
-def _segment_payer(rows: list[int], columns: list[int]) -> "_Payer":
-    """Returns a function that adds the i-th score at token `columns[i]` of row `rows[i]`."""
-
-    def pay(result: Any, name: str, batch: EpisodeBatch, rewards: list[Float64Array]) -> None:
-        for row, column, score in zip(rows, columns, np.nan_to_num(as_scores(result, name, batch), nan=0.0), strict=True):
-            rewards[row][column] += score
-
-    return pay
 
 
 def _weighted_parts(reward: Any, weight: float) -> list[tuple[str, RewardFunction, float]]:

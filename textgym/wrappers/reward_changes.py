@@ -7,7 +7,7 @@ episode so far and on what was known when the episode began, so rows may be step
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -30,7 +30,13 @@ class Changed(NamedTuple):
 
 
 class RewardChange(ABC):
-    """The rule of a reward wrapper."""
+    """The rule of a reward wrapper.
+
+    Attributes:
+        learns: what it does to an episode depends on episodes before, and on the row's own steps so far.
+    """
+
+    learns: ClassVar[bool]
 
     @abstractmethod
     def begin(self, rows: BoolArray) -> None:
@@ -48,6 +54,8 @@ class Clipping(RewardChange):
         min_reward: lower bound, None for none.
         max_reward: upper bound, None for none.
     """
+
+    learns = False
 
     def __init__(self, min_reward: float | None, max_reward: float | None) -> None:
         low, high = -math.inf if min_reward is None else min_reward, math.inf if max_reward is None else max_reward
@@ -120,6 +128,8 @@ class ReturnNormalisation(RewardChange):
         epsilon: a standard deviation of at most this counts as 1.
         frozen: learn nothing more.
     """
+
+    learns = True
 
     def __init__(
         self, num_rows: int, statistics: RunningMoments | None, center: bool, clip: float | None, epsilon: float, frozen: bool

@@ -140,9 +140,7 @@ class ShapingState:
         """
         completions = self.completions(actions, lengths)
         if completions is not None:
-            self.require_policies()
-            given = None if log_probs is None else log_probs[:, : completions.actions.shape[1]]
-            self.accept_primed(completions, score_completions(self.policy, self.reference, completions, self.full_kl, given))
+            self.accept_primed(completions, self.score_completions(completions, log_probs))
 
     def completions(self, actions: IntArray, lengths: IntArray) -> Completions | None:
         """Returns `actions` as completions of what the rows see now; None when that is no freshly reset text observation."""
@@ -153,17 +151,18 @@ class ShapingState:
         width = min(actions.shape[1], kept["input_ids"].shape[1] - columns)
         return Completions(kept, columns, np.asarray(actions[:, :width], dtype=np.int64), np.minimum(lengths, width))
 
+    def score_completions(self, completions: Completions, log_probs: DoubleArray | None) -> Scores:
+        """Returns the policies' scores (N, T') of completions; `log_probs` (N, T) are log π of the tokens if they are known."""
+        self.require_policies()
+        given = None if log_probs is None else log_probs[:, : completions.actions.shape[1]]
+        return score_completions(self.policy, self.reference, completions, self.full_kl, given)
+
     def accept_primed(self, completions: Completions, scores: Scores) -> None:
         """Keeps scores that were computed elsewhere for `completions` of these rows."""
         expected = {key: np.array(value) for key, value in completions.observations.items()}
         self._primed = Primed(
             expected, completions.prompt_columns, completions.actions, completions.lengths, scores, np.ones(self.num_rows, dtype=np.bool_)
         )
-
-    def take_primed(self) -> Scores | None:
-        """Returns the scores of the plan, if all rows are still at its beginning, and forgets it."""
-        primed, self._primed = self._primed, None
-        return primed.scores if primed is not None and primed.valid.all() and not self.steps.any() else None
 
     def score(self, actions: npt.NDArray[Any], rows: BoolArray) -> Scores:
         """Returns the scores (N,) of the actions of `rows` at the observations last seen; other rows hold zeros.
@@ -201,45 +200,18 @@ class ShapingState:
         """
         log_ratio = np.where(rows, k1(scores.log_probs - scores.reference_log_probs), 0.0)
         shaped = rewards - self.betas * log_ratio
-        full = 0.0 if scores.full_kl is None else scores.full_kl
-        additions = {"k1": log_ratio, "k2": k2(log_ratio), "k3": k3(log_ratio), "full": full, "unshaped": rewards, "shaped": shaped}
-        for key, values in additions.items():
+        for key, values in _additions(log_ratio, scores.full_kl, rewards, shaped).items():
             self.totals[key] += np.where(rows, values, 0.0)
         self.steps += rows
         return shaped, log_ratio
 
-    def account_completions(self, rewards: npt.NDArray[Any], scores: Scores, lengths_used: IntArray) -> tuple[DoubleArray, DoubleArray]:
-        """Adds whole completions (N, T) at once: the sums of `account` over their steps.
-
-        Returns:
-            The shaped rewards (N, T) and the log-ratios (N, T), both zero from `lengths_used` on.
-        """
-        width = rewards.shape[1]
-        scored = [_widened(part, width) for part in scores if part is not None]
-        mask = np.arange(width) < lengths_used[:, None]
-        log_ratio = np.where(mask, k1(scored[0] - scored[1]), 0.0)
-        shaped = np.where(mask, rewards - self.betas[:, None] * log_ratio, 0.0)
-        full = scored[2] if len(scored) > 2 else np.zeros_like(shaped)
-        additions = {"k1": log_ratio, "k2": k2(log_ratio), "k3": k3(log_ratio), "full": full, "unshaped": rewards, "shaped": shaped}
-        for key, values in additions.items():
-            self.totals[key] += np.where(mask, values, 0.0).sum(axis=1)
-        self.steps += lengths_used
-        return shaped, log_ratio
+    def leave(self, lengths: IntArray) -> None:
+        """Notes that whole completions (N,) were taken through all rows, by whoever does their accounts."""
+        self.steps[:] = lengths
 
     def episode(self) -> dict[str, DoubleArray]:
         """Returns the values (N,) of the episode keys for the episodes as they stand."""
-        values = {
-            "kl_per_sequence": self.totals["k1"],
-            "kl_per_token": self.totals["k1"] / np.maximum(self.steps, 1),
-            "kl_k2_per_sequence": self.totals["k2"],
-            "kl_k3_per_sequence": self.totals["k3"],
-            "unshaped_return": self.totals["unshaped"],
-            "shaped_return": self.totals["shaped"],
-            "beta": self.betas,
-        }
-        if self.full_kl:
-            values["kl_full_per_sequence"] = self.totals["full"]
-        return values
+        return _episode_values(self.totals, self.steps, self.betas, self.full_kl)
 
     def _planned(self, actions: npt.NDArray[Any], rows: BoolArray) -> BoolArray:
         """Which of `rows` are where the plan said, doing what it said; moves their expected observations on by the token sent."""
@@ -258,6 +230,59 @@ class ShapingState:
         primed.expected["input_ids"][at, primed.columns + self.steps[at]] = actions[at]
         primed.expected["attention_mask"][at, primed.columns + self.steps[at]] = 1
         return planned
+
+
+class ShapedCompletions(NamedTuple):
+    """What KL shaping makes of whole completions.
+
+    Attributes:
+        rewards: (N, T) shaped.
+        log_ratio: (N, T).
+        episode: the values (N,) of the episode keys.
+    """
+
+    rewards: DoubleArray
+    log_ratio: DoubleArray
+    episode: dict[str, DoubleArray]
+
+
+def shape_completions(rewards: npt.NDArray[Any], scores: Scores, betas: DoubleArray, lengths_used: IntArray) -> ShapedCompletions:
+    """Shapes the rewards of whole completions at once: what `ShapingState.account` makes of their steps.
+
+    Args:
+        rewards: (N, T).
+        scores: (N, T') of the tokens.
+        betas: (N,) reward per nat.
+        lengths_used: (N,) the steps that were taken; from there on all is zero.
+    """
+    width = rewards.shape[1]
+    mask = np.arange(width) < lengths_used[:, None]
+    full = None if scores.full_kl is None else _widened(scores.full_kl, width)
+    log_ratio = np.where(mask, k1(_widened(scores.log_probs - scores.reference_log_probs, width)), 0.0)
+    shaped = np.where(mask, rewards - betas[:, None] * log_ratio, 0.0)
+    additions = _additions(log_ratio, full, rewards, shaped)
+    totals = {key: np.where(mask, values, 0.0).sum(axis=1) for key, values in additions.items()}
+    return ShapedCompletions(shaped, log_ratio, _episode_values(totals, lengths_used, betas, full is not None))
+
+
+def _additions(log_ratio: DoubleArray, full: DoubleArray | None, rewards: DoubleArray, shaped: DoubleArray) -> dict[str, DoubleArray]:
+    """What steps add to the sums of their episodes."""
+    full = np.zeros_like(log_ratio) if full is None else full
+    return {"k1": log_ratio, "k2": k2(log_ratio), "k3": k3(log_ratio), "full": full, "unshaped": rewards, "shaped": shaped}
+
+
+def _episode_values(totals: dict[str, DoubleArray], steps: IntArray, betas: DoubleArray, full_kl: bool) -> dict[str, DoubleArray]:
+    """The values (N,) of the episode keys."""
+    values = {
+        "kl_per_sequence": totals["k1"],
+        "kl_per_token": totals["k1"] / np.maximum(steps, 1),
+        "kl_k2_per_sequence": totals["k2"],
+        "kl_k3_per_sequence": totals["k3"],
+        "unshaped_return": totals["unshaped"],
+        "shaped_return": totals["shaped"],
+        "beta": betas,
+    }
+    return values | {"kl_full_per_sequence": totals["full"]} if full_kl else values
 
 
 def _unshared(value: Any) -> Any:

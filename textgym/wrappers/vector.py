@@ -13,12 +13,13 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from textgym import sequences
 from textgym.kl import AdaptiveKLController, Schedule
+from textgym.pending import Pending
 from textgym.plans import checked_plan
 from textgym.stacks import layers
 from textgym.types import BoolArray, Info, SequenceResult
 from textgym.wrappers.kl_shaping import KLShaping as SingleKLShaping
-from textgym.wrappers.scoring import DoubleArray
-from textgym.wrappers.shaping import ShapingState
+from textgym.wrappers.scoring import DoubleArray, Scores
+from textgym.wrappers.shaping import ShapingState, shape_completions
 from textgym.wrappers.turns import RowTurns
 from textgym.wrappers.vector_rewards import ClipReward, NormalizeReward
 
@@ -146,22 +147,33 @@ class KLShaping(VectorWrapper[Any, Any, Any, Any, Any]):
 
         One teacher-forced pass per model and no loop, when everything below does it in one pass too.
         """
+        return self.start_sequence(actions, lengths, log_probs).result()
+
+    def start_sequence(
+        self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None
+    ) -> Pending[SequenceResult]:
+        """Begins a `step_sequence`: the policies score the tokens now, while rewards that are waited for are on their way."""
         self.state.require_policies()
         plan = checked_plan(self, actions, lengths, log_probs)
         if self._turns.ended.any() or self.state.steps.any():
             raise ValueError(sequences.NOT_FRESH)
-        scores = None
-        if sequences.one_pass(self):
-            self.prime(*plan)
-            scores = self.state.take_primed()
-        if scores is None:
-            return sequences.walk_through(self, *plan)
-        result = sequences.step_sequence(self.env, *plan)
-        shaped, log_ratio = self.state.account_completions(result.rewards, scores, result.lengths_used)
-        last = (np.arange(self.num_envs), result.lengths_used - 1)
-        step = {"unshaped_reward": result.rewards[last].tolist(), "log_ratio": log_ratio[last].tolist()}
-        whole = step | {key: values.tolist() for key, values in self.state.episode().items()}
-        for i, (info, ended) in enumerate(zip(result.infos, result.terminated | result.truncated, strict=True)):
-            info.update({key: values[i] for key, values in (whole if ended else step).items()})
+        completions = self.state.completions(plan.actions, plan.lengths) if sequences.one_pass(self) else None
+        if completions is None:
+            return Pending.of(sequences.walk_through(self, *plan))
+        with sequences.start_sequence(self.env, *plan) as below:
+            scores = self.state.score_completions(completions, plan.log_probs)
+        betas = self.state.betas.copy()
+        self.state.leave(plan.lengths)
         self._turns.ended[:] = True
-        return result._replace(rewards=shaped.astype(np.float32))
+        return below.then(lambda result: _shaped(result, scores, betas))
+
+
+def _shaped(result: SequenceResult, scores: Scores, betas: DoubleArray) -> SequenceResult:
+    """The outcome of whole completions with the penalty taken off their rewards."""
+    shaped = shape_completions(result.rewards, scores, betas, result.lengths_used)
+    last = (np.arange(len(betas)), result.lengths_used - 1)
+    step = {"unshaped_reward": result.rewards[last].tolist(), "log_ratio": shaped.log_ratio[last].tolist()}
+    whole = step | {key: values.tolist() for key, values in shaped.episode.items()}
+    for i, (info, ended) in enumerate(zip(result.infos, result.terminated | result.truncated, strict=True)):
+        info.update({key: values[i] for key, values in (whole if ended else step).items()})
+    return result._replace(rewards=shaped.rewards.astype(np.float32))

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from textgym import sequences
+from textgym.pending import Pending
 from textgym.plans import checked_plan
 from textgym.types import BoolArray, Info, SequenceResult
 from textgym.wrappers.reward_changes import Clipping, ReturnNormalisation, RewardChange, RunningMoments, WithStatistics
@@ -61,12 +62,24 @@ class VectorRewardLayer(VectorWrapper[Any, Any, Any, Any, Any]):
         self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None
     ) -> SequenceResult:
         """Takes whole completions through the environment; the same as `textgym.step_sequence(self, actions, lengths, log_probs)`."""
+        return self.start_sequence(actions, lengths, log_probs).result()
+
+    def start_sequence(
+        self, actions: npt.NDArray[Any], lengths: npt.NDArray[Any], log_probs: npt.NDArray[Any] | None = None
+    ) -> Pending[SequenceResult]:
+        """Begins a `step_sequence`; a rule that learns from returns before its next episodes begin has the rewards waited for now."""
         plan = checked_plan(self, actions, lengths, log_probs)
         if self._turns.ended.any():
             raise ValueError(sequences.NOT_FRESH)
         if not sequences.one_pass(self):
-            return sequences.walk_through(self, *plan)
-        result = sequences.step_sequence(self.env, *plan)
+            return Pending.of(sequences.walk_through(self, *plan))
+        changed = sequences.start_sequence(self.env, *plan).then(self._change_sequences)
+        self._turns.ended[:] = True
+        if self._rule.learns:
+            changed.result()
+        return changed
+
+    def _change_sequences(self, result: SequenceResult) -> SequenceResult:
         rewards = result.rewards.copy()
         infos = [dict(info) for info in result.infos]
         for t in range(int(result.lengths_used.max())):
@@ -76,7 +89,6 @@ class VectorRewardLayer(VectorWrapper[Any, Any, Any, Any, Any]):
             for row in np.flatnonzero(last).tolist():
                 keys = {**changed.step, **(changed.episode if result.terminated[row] or result.truncated[row] else {})}
                 infos[row].update({key: float(values[row]) for key, values in keys.items()})
-        self._turns.ended[:] = True
         return result._replace(rewards=rewards, infos=infos)
 
 
