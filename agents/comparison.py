@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from textgym.agents.best_of_n import BestOfN
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.generation import Generation
 from textgym.agents.common.perplexity import Perplexity, perplexity
-from textgym.agents.common.scored_completions import Float64Array, PromptRows, Sampler, score, text_ids
+from textgym.agents.common.scored_completions import Float64Array, PromptRows, Sampler, start_scoring, text_ids
 from textgym.agents.policy import CausalLMPolicy
 from textgym.evaluation.bootstrap import Estimate, bootstrap_mean
 from textgym.evaluation.over_optimisation import OverOptimisationReport, ScoredTexts, over_optimisation_report
@@ -20,7 +21,8 @@ from textgym.evaluation.tables import markdown_table
 from textgym.evaluation.text_statistics import TextStatistics, text_statistics
 from textgym.evaluation.win_rate import WinRate, judged_points, win_points, win_rate_from_points
 from textgym.feedback.judging import PairJudge
-from textgym.rewards.compose import RewardSet
+from textgym.pending import Pending, in_turn
+from textgym.rewards.compose import RewardSet, Scores
 from textgym.rewards.episodes import as_completion
 
 REWARD, TRUE_REWARD, JUDGE = "reward", "true_reward", "judge"
@@ -156,9 +158,8 @@ def compare_policies(
     options = _Options(reference, max_new_tokens, num_generations, seed, batch_size, on_batch)
     given = [_given(_base(policy), rows, against)] if isinstance(against, str) else []  # first: sampling takes longer than a wrong name
     samplers = [policy] if against is None or isinstance(against, str) else [policy, against]
-    sides = [*(_sampled(one, rows, options) for one in samplers), *given]
-    for side in sides:
-        side.scores = {name: side.score(one) for name, one in rewards.items()}
+    written = chain((_sampled(one, rows, options) for one in samplers), given)
+    sides = list(in_turn(side.start_scoring(rewards) for side in written))
     estimate = partial(bootstrap_mean, confidence=confidence, seed=seed)
     win_rates = {}
     if len(sides) == 2:
@@ -224,8 +225,14 @@ class _Side:
         """(N,) -> (P, G)."""
         return values.reshape(self.num_prompts, -1)
 
-    def score(self, reward: RewardSet) -> Float64Array:
-        return score(reward, self.prompts, self.prompt_ids, self.ids, self.policy.decode_texts)[0]
+    def start_scoring(self, rewards: dict[str, RewardSet]) -> Pending["_Side"]:
+        """Asks for the rewards; the result is this side with its scores."""
+        pending = Pending.of(self)
+        for name, reward in rewards.items():
+            with pending:
+                paid = start_scoring(reward, self.prompts, self.prompt_ids, self.ids, self.policy.decode_texts)
+            pending = pending.beside(paid).then(partial(_with_scores, name))
+        return pending
 
     def report(self, name: str, reference: CausalLMPolicy | None, estimate: Any) -> SideReport:
         means = {key: estimate(self.per_prompt(scores).mean(axis=1)) for key, scores in self.scores.items()}
@@ -241,6 +248,13 @@ class _Side:
 
     def _ids_of(self, reference: CausalLMPolicy) -> list[list[int]]:
         return self.ids if same_tokens(self.policy, reference) else text_ids(reference, self.prompts, self.texts, "completion {}")[1]
+
+
+def _with_scores(name: str, scored: tuple[_Side, Scores]) -> _Side:
+    """Notes a side's scores."""
+    side, (totals, _) = scored
+    side.scores[name] = totals
+    return side
 
 
 def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:

@@ -217,10 +217,8 @@ class OnlineAgent(Agent):
             return callback.on_step()
 
         try:
-            walks = []
-            for _ in range(self._walks):
-                seed, self._env_seed = self._env_seed, None
-                walks.append(self.collector.walk(self._next_prompts(), self.sampling_generator, on_step, seed))
+            starts = ((self._next_prompts(), self._next_seed()) for _ in range(self._walks))
+            walks = self.collector.walks(starts, self.sampling_generator, on_step)
         except RolloutInterrupted:
             return None
         rollout = RolloutBatch.concatenate(walks)
@@ -239,6 +237,11 @@ class OnlineAgent(Agent):
         if self.prompt_order is None:
             return None
         return np.repeat(self.prompt_order.take(self.n_envs // self.num_generations), self.num_generations)
+
+    def _next_seed(self) -> int | None:
+        """Returns the environment's seed for its first reset, then None."""
+        seed, self._env_seed = self._env_seed, None
+        return seed
 
     @abstractmethod
     def train(self, rollout: RolloutBatch) -> None:

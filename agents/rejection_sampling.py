@@ -13,10 +13,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.common.checks import check_count, check_number
+from textgym.agents.common.generation import Generation
 from textgym.agents.common.options import CommonOptions, with_common_defaults
-from textgym.agents.common.scored_completions import Float64Array, PromptRows, score
+from textgym.agents.common.scored_completions import Float64Array, PromptRows, start_scoring
 from textgym.agents.policy import CausalLMPolicy
 from textgym.agents.sft import SFT
+from textgym.pending import Pending, in_turn
 from textgym.rewards.compose import RewardSet
 
 
@@ -100,24 +102,30 @@ def keep_best(
         if generator is not None:
             raise ValueError("Give `seed` or `generator`, not both: a generator carries its own state.")
         generator = torch.Generator(policy.device).manual_seed(seed)
-    examples: list[dict[str, Any]] = []
-    tables = []
-    for batch in rows.batches(batch_size):
+
+    def start(batch: PromptRows) -> Pending[list[dict[str, Any]]]:
+        """Samples completions of some prompts, and asks for their rewards."""
         sampled = policy.generate(batch.texts, max_new_tokens, num_generations=n, generator=generator)
         owned = batch.select([prompt for prompt in range(len(batch)) for _ in range(n)])
-        scores, _ = score(rewards, owned, sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)
-        tables.append(scores.reshape(len(batch), n))
-        columns = {
-            "prompt_ids": sampled.prompt_id_lists,
-            "completion_ids": sampled.completion_ids,
-            "prompt": owned.texts,
-            "completion": sampled.texts,
-            "reward": scores.tolist(),
-        }
-        examples += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    table = np.concatenate(tables)
+        scores = start_scoring(rewards, owned, sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)
+        return scores.then(lambda paid: _examples(owned, sampled, paid[0]))
+
+    examples = [example for part in in_turn(start(batch) for batch in rows.batches(batch_size)) for example in part]
+    table = np.array([example["reward"] for example in examples]).reshape(-1, n)
     kept = _kept(table, threshold, quantile)
     return KeptSamples([example for example, keep in zip(examples, kept.ravel().tolist(), strict=True) if keep], table, kept)
+
+
+def _examples(prompts: PromptRows, sampled: Generation, rewards: Float64Array) -> list[dict[str, Any]]:
+    """Returns the rows of `KeptSamples.examples` for all samples."""
+    columns = {
+        "prompt_ids": sampled.prompt_id_lists,
+        "completion_ids": sampled.completion_ids,
+        "prompt": prompts.texts,
+        "completion": sampled.texts,
+        "reward": rewards.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class RejectionSampling:

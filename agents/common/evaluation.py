@@ -64,10 +64,10 @@ def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episode
     collector = RolloutCollector(policy, vector_env)
     generator = torch.Generator(device=policy.device)
     generator.manual_seed(seed)
-    walks = []
-    for start in range(0, count, rows):
-        indices = None if num_prompts is None else (np.arange(start, start + rows) % int(num_prompts))
-        walks.append(collector.walk(indices, generator, seed=seed if start == 0 else None))
+    firsts = range(0, count, rows)
+    indices = (None if num_prompts is None else np.arange(first, first + rows) % int(num_prompts) for first in firsts)
+    seeds = (seed if first == 0 else None for first in firsts)
+    walks = collector.walks(zip(indices, seeds, strict=True), generator)
 
     def column(name: str) -> np.ndarray:
         return torch.cat([getattr(walk, name) for walk in walks]).cpu().numpy()[:count]

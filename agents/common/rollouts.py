@@ -1,13 +1,13 @@
 """Policy × environment → `RolloutBatch`: whole completions sampled with a KV cache, then walked through the environment.
 
-The fast path samples a batch of completions and hands them to `textgym.step_sequence`. Where a wrapper of the user's stands on the
-stack the same completions are stepped token by token, and every observation is compared with the concatenation of what was sent. Where
-a wrapper changes it (its own tokens, another side's turn), the completions were planned for states that do not come: from that step on
-the policy acts on what it really sees, one cached decode step per environment step.
+The fast path samples a batch of completions and hands them to `textgym.sequences.start_sequence`. Where a wrapper of the user's stands on
+the stack the same completions are stepped token by token, and every observation is compared with the concatenation of what was sent. Where
+a wrapper changes it (its own tokens, another side's turn), the completions were planned for states that do not come: from that step on the
+policy acts on what it really sees, one cached decode step per environment step.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from textgym.agents.common.environments import attribute, reset_to_prompts, spli
 from textgym.agents.common.generation import Generation
 from textgym.agents.common.rollout_scores import score_rollout
 from textgym.agents.policy import CausalLMPolicy
-from textgym.sequences import SequenceWalk, one_pass, step_sequence
+from textgym.pending import Pending, in_turn
+from textgym.sequences import SequenceWalk, one_pass, start_sequence
 from textgym.types import BoolArray, Info, IntArray, Observation, SequenceResult
 
 
@@ -77,12 +78,33 @@ class RolloutCollector:
     def walk(
         self, prompt_indices: IntArray | None, generator: torch.Generator, on_step: OnStep | None = None, seed: int | None = None
     ) -> RolloutBatch:
-        """Resets every row and takes each through one episode.
+        """Resets every row and takes each through one episode; see `start_walk`."""
+        return self.start_walk(prompt_indices, generator, on_step, seed).result()
+
+    def walks(
+        self, starts: Iterable[tuple[IntArray | None, int | None]], generator: torch.Generator, on_step: OnStep | None = None
+    ) -> list[RolloutBatch]:
+        """Takes several walks. While the rewards of one are waited for, the completions of the next are sampled.
+
+        Rewards of two walks are under way at most, and come in the order of the walks. Plain functions are called as if there were no other
+        walk.
+
+        Args:
+            starts: prompt indices and seed of each walk, as in `start_walk`; asked for when it begins.
+            generator: see `start_walk`.
+            on_step: see `start_walk`.
+        """
+        return list(in_turn(self.start_walk(prompt_indices, generator, on_step, seed) for prompt_indices, seed in starts))
+
+    def start_walk(
+        self, prompt_indices: IntArray | None, generator: torch.Generator, on_step: OnStep | None = None, seed: int | None = None
+    ) -> Pending[RolloutBatch]:
+        """Resets every row and takes each through one episode, as far as that goes without rewards that have to be waited for.
 
         Args:
             prompt_indices: (num_envs,) which prompt each row gets; None lets the environment draw.
             generator: source of the sampled tokens, on the policy's device.
-            on_step: called once per environment step; `False` ends the rollout.
+            on_step: called once per environment step, when its reward is known; `False` ends the rollout.
             seed: for the environment's own generators.
 
         Raises:
@@ -90,17 +112,20 @@ class RolloutCollector:
         """
         observations = reset_to_prompts(self.envs, prompt_indices, seed)
         if self.closed_loop:
-            return self._acting(observations, generator, on_step)
+            return Pending.of(self._acting(observations, generator, on_step))
         prompt_ids, prompt_lengths = split_prompts(observations)
         generation = self._generate(observations, prompt_ids, prompt_lengths, generator)
         actions = generation.ids.cpu().numpy()
         lengths = generation.lengths.cpu().numpy()
         log_probs = generation.log_probs.cpu().numpy()
-        if one_pass(self.envs):
-            result = step_sequence(self.envs, actions, lengths, log_probs=log_probs)
+        if not one_pass(self.envs):
+            return Pending.of(self._stepping(observations, generation, generator, on_step))
+
+        def batch(result: SequenceResult) -> RolloutBatch:
             _replay(result, actions, on_step)
             return self._batch(prompt_ids, prompt_lengths, generation, result)
-        return self._stepping(observations, generation, generator, on_step)
+
+        return start_sequence(self.envs, actions, lengths, log_probs=log_probs).then(batch)
 
     def _generate(
         self, observations: Observation, prompt_ids: IntArray, prompt_lengths: IntArray, generator: torch.Generator

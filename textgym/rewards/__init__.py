@@ -3,6 +3,7 @@
 Nothing here loads torch, or a package of the extra `metrics`, when imported.
 """
 
+from textgym.rewards.background import InBackground
 from textgym.rewards.bert_score import BertScoreReward
 from textgym.rewards.causality import check_causal
 from textgym.rewards.classifier import ClassifierReward
@@ -25,6 +26,7 @@ __all__ = [
     "EpisodeBatch",
     "ExactMatchReward",
     "FineGrainedReward",
+    "InBackground",
     "JsonReward",
     "LengthReward",
     "LexiconReward",
