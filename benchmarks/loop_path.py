@@ -52,16 +52,7 @@ def make_task(case: str, device: torch.device, rows: int) -> tuple[CausalLMPolic
         envs = gym.make_vec("textgym:TextGen-v0", num_envs=rows, reward=speed_task.reward, max_new_tokens=BUNDLED_NEW_TOKENS)
         return policy, envs
     policy = CausalLMPolicy(speed_task.make_model(), speed_task.make_tokenizer(), device=device)
-    envs = gym.make_vec(
-        "textgym:TextGen-v0",
-        num_envs=rows,
-        prompts=speed_task.make_texts(speed_task.NUM_PROMPTS, speed_task.PROMPT_TOKENS),
-        tokenizer=policy.tokenizer,
-        reward=speed_task.reward,
-        max_prompt_tokens=speed_task.PROMPT_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-    )
-    return policy, envs
+    return policy, speed_task.make_envs(rows, NEW_TOKENS)
 
 
 def make_agent(case: str, path: str, device: torch.device, rows: int) -> PPO:

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import common
-import gymnasium as gym
 import speed_task
 import torch
 import transformers
@@ -54,15 +53,7 @@ def awaited(seconds: float) -> Callable[..., Any]:
 def make_agent(reward: Callable[..., Any], device: torch.device) -> PPO:
     """Returns PPO on the task with this reward."""
     policy = CausalLMPolicy(speed_task.make_model(), speed_task.make_tokenizer(), device=device)
-    envs = gym.make_vec(
-        "textgym:TextGen-v0",
-        num_envs=ROWS,
-        prompts=speed_task.make_texts(speed_task.NUM_PROMPTS, speed_task.PROMPT_TOKENS),
-        tokenizer=policy.tokenizer,
-        reward=reward,
-        max_prompt_tokens=speed_task.PROMPT_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-    )
+    envs = speed_task.make_envs(ROWS, NEW_TOKENS, reward)
     return PPO(policy, envs, 1e-5, beta=0.05, reference=policy.reference(), rollout_size=WALKS * ROWS, n_epochs=1, seed=0)
 
 

@@ -7,10 +7,13 @@ every side of a comparison alike, though all sides look out for it.
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -53,6 +56,19 @@ def make_texts(count: int, words: int, seed: int = 0) -> list[str]:
 def reward(completions: list[str], **columns: Any) -> list[float]:
     """A cheap reward: the share of the digit 7 among the characters."""
     return [text.count("7") / max(len(text), 1) for text in completions]
+
+
+def make_envs(num_envs: int, new_tokens: int, reward: Callable[..., Any] = reward) -> VectorEnv[Any, Any, Any]:
+    """Returns the environment of so many rows, whose prompts have `PROMPT_TOKENS` tokens each."""
+    return gym.make_vec(
+        "textgym:TextGen-v0",
+        num_envs=num_envs,
+        prompts=make_texts(NUM_PROMPTS, PROMPT_TOKENS),
+        tokenizer=make_tokenizer(),
+        reward=reward,
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_new_tokens=new_tokens,
+    )
 
 
 class IterationClock(BaseCallback):

@@ -110,15 +110,7 @@ def make_policy(run: Run) -> CausalLMPolicy:
 
 
 def make_envs(run: Run) -> Any:
-    return gym.make_vec(
-        "textgym:TextGen-v0",
-        num_envs=run.completions,
-        prompts=speed_task.make_texts(speed_task.NUM_PROMPTS, speed_task.PROMPT_TOKENS),
-        tokenizer=speed_task.make_tokenizer(),
-        reward=speed_task.reward,
-        max_prompt_tokens=speed_task.PROMPT_TOKENS,
-        max_new_tokens=run.new_tokens,
-    )
+    return speed_task.make_envs(run.completions, run.new_tokens)
 
 
 def online(run: Run, name: str) -> float:
