@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # Short runs where the example itself takes a minute: `main` has the argument that its reader would change.
-SHORT = {name: "main(timesteps=3000)" for name in ("train_from_python.py", "own_model.py", "fine_grained_reward.py")}
+SHORT = {name: "main(timesteps=3000)" for name in ("train_from_python.py", "own_model.py", "fine_grained_reward.py", "slow_judge.py")}
 # Examples that need a file which the user brings.
 NEEDS_A_FILE = {"vader_reward.py"}
 
