@@ -69,6 +69,8 @@ def test_feedback_that_is_there(textgym: Any) -> None:
         (["--model", "somewhere"], "--prompts must be given with --model"),
         (["--resume", "nowhere"], "there is no run of textgym pipeline"),
         (["--resume", "nowhere", "--pairs", "3"], "only --rounds can be given with it, not --pairs"),
+        (["--resume", "nowhere", "--set", "a=1"], "only --rounds can be given with it, not --set."),
+        (["--resume", "nowhere", "--set-reward-model", "a=1"], "only --rounds can be given with it, not --set-reward-model."),
         (["--set", "nonsense=1"], "--set nonsense=...: RLOO has no such argument"),
         (["--set-reward-model", "nonsense=1"], "--set-reward-model nonsense=...: RewardModelTrainer has no such argument"),
     ],

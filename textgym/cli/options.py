@@ -63,5 +63,5 @@ def resume_changes(context: typer.Context, *also: str) -> dict[str, Any]:
     given = {name: value for name, value in context.params.items() if name not in ("resume", *also) and was_given(context, name)}
     refused = sorted(given.keys() - set(_CHANGED_BY_RESUME))
     if refused:
-        raise UserError(f"{option(refused[0].rstrip('_'))} cannot be given with --resume: the run goes on with its own settings.")
+        raise UserError(f"{option(refused[0])} cannot be given with --resume: the run goes on with its own settings.")
     return given

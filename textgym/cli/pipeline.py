@@ -113,7 +113,7 @@ def pipeline(
     num_envs: NumEnvs = DEFAULTS.num_envs,
     max_new_tokens: MaxNewTokens = DEFAULTS.max_new_tokens,
     set_: Annotated[list[str] | None, set_option("Any other argument of the algorithm; repeatable.")] = None,
-    set_reward: Annotated[
+    set_reward_model: Annotated[
         list[str] | None,
         typer.Option("--set-reward-model", metavar="NAME=VALUE", help="Any argument of RewardModelTrainer; repeatable."),
     ] = None,
@@ -158,7 +158,7 @@ def pipeline(
             seed=seed,
             device=device,
             options={**(ALGORITHMS[algorithm].options if bundled else {}), **parse_options(set_ or [])},
-            reward_model_options={**(BUNDLED_REWARD_MODEL if bundled else {}), **parse_options(set_reward or [])},
+            reward_model_options={**(BUNDLED_REWARD_MODEL if bundled else {}), **parse_options(set_reward_model or [])},
         )
         _check(settings)
         folder = out or new_path(Path("runs"), "pipeline")

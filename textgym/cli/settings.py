@@ -116,8 +116,8 @@ class TrainSettings:
 
 
 def option(name: str) -> str:
-    """Returns the option of a setting: "--num-envs" for "num_envs"."""
-    return "--" + name.replace("_", "-")
+    """Returns the option of a setting: "--num-envs" for "num_envs", "--set" for the parameter "set_"."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def was_given(context: Any, name: str) -> bool:
