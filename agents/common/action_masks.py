@@ -44,6 +44,7 @@ class PolicyMask:
     def start(self, prompt_ids: Tensor, prompt_lengths: Tensor, max_new_tokens: int, num_generations: int) -> Tensor:
         """See `ActionMasker`."""
         index = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(num_generations)
+        self._decoder = None  # the next one can use its memory
         self._decoder = make_decoder(self._backbone, prompt_ids, prompt_lengths, index, max_new_tokens)
         return self._rule(self._decoder.logits)
 

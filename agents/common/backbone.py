@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from textgym.agents.common.kept_rows import KeptRows
 from textgym.agents.common.layout import Rows
 from textgym.agents.common.trunks import Trunk, additive, find_trunk, run_trunk
 
@@ -37,6 +38,7 @@ class Backbone:
             that is not so, the whole model is run and its logits are sliced, at the memory cost of (B, T, V) in the model's dtype.
         dense_mask: attention masks can be handed over ready-made, (B, 1, queries, keys). Otherwise the model builds its own from a
             (B, keys) one (sliding windows, linear biases, attention kernels other than sdpa and eager).
+        kept_rows: buffers and captured steps of past decode loops.
     """
 
     def __init__(self, model: nn.Module, vocab_size: int, without_adapter: bool = False, autocast: torch.dtype | None = None) -> None:
@@ -60,6 +62,7 @@ class Backbone:
         self.exact_head = self._find_rescaling()
         self._fast_trunk = find_trunk(self._trunk) if self.exact_head else None
         self.autocast = autocast
+        self.kept_rows = KeptRows()
 
     @property
     def config(self) -> Any:

@@ -8,7 +8,7 @@ import torch
 Step = Callable[[], None]
 
 
-def capture_on_cuda(step: Step) -> Step:
+def capture_on_cuda(step: Step) -> Step | None:
     """Records what `step` launches, and returns a function that launches all of it at once.
 
     Args:
@@ -16,7 +16,7 @@ def capture_on_cuda(step: Step) -> Step:
             allocated what they need.
 
     Returns:
-        The replay; `step` itself, with a warning, where something in it cannot be recorded.
+        The replay, which needs these tensors and not `step`; None, with a warning, where something in it cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -24,11 +24,11 @@ def capture_on_cuda(step: Step) -> Step:
             step()
     except RuntimeError as error:
         warnings.warn(f"Decode steps are launched one kernel at a time, since they could not be captured: {error}", stacklevel=2)
-        return step
+        return None
     return graph.replay
 
 
-CAPTURES: dict[str, Callable[[Step], Step]] = {"cuda": capture_on_cuda}
+CAPTURES: dict[str, Callable[[Step], Step | None]] = {"cuda": capture_on_cuda}
 """How steps are captured, by the type of device; on others every step is run anew."""
 
 
@@ -36,21 +36,22 @@ class RepeatedStep:
     """A step that is run as it is the first time, captured the second time, and replayed from then on.
 
     Args:
-        step: see `capture_on_cuda`.
         device: where it runs; of a type that `CAPTURES` has.
+
+    Attributes:
+        failed: it could not be captured, and is run as it is for ever.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self._step, self._capture = step, CAPTURES[device.type]
+    def __init__(self, device: torch.device) -> None:
+        self._capture = CAPTURES[device.type]
         self._replay: Step | None = None
         self._warm = False
+        self.failed = False
 
-    def __call__(self) -> None:
-        """Takes the step."""
-        if not self._warm:
-            self._warm = True
-            self._step()
-            return
-        if self._replay is None:
-            self._replay = self._capture(self._step)
-        self._replay()
+    def __call__(self, step: Step) -> None:
+        """Takes the step; after its capture `step`, which must be the same each time, is not called."""
+        if self._replay is None and self._warm and not self.failed:
+            self._replay = self._capture(step)
+            self.failed = self._replay is None
+        self._warm = True
+        (self._replay or step)()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
-from textgym.agents.common.captured_step import CAPTURES
+from textgym.agents.common.captured_decoder import CapturedDecoder
 from textgym.agents.common.decoders import Decoder, make_decoder
 from textgym.agents.common.generation import DecodeOptions, Generation, without_filler
 from textgym.agents.common.sampling import (
@@ -22,8 +22,8 @@ from textgym.agents.common.sampling import (
 from textgym.agents.common.trunk_decoder import TrunkDecoder
 from textgym.tokenizers import Decode
 
-# Of the rows in the batch; below, moving the caches costs more than the rows, and so does capturing steps anew where they are captured.
-ENDED_WORTH_DROPPING, WORTH_CAPTURING_ANEW = 1 / 4, 1 / 2
+ADMITTING = (TrunkDecoder, CapturedDecoder)  # the decoders that take in rows on the way
+ENDED_WORTH_DROPPING = 1 / 4  # of the rows in the batch; below, moving the caches costs more than the rows
 
 
 @torch.no_grad()
@@ -123,6 +123,7 @@ class _DecodeLoop:
             if self._steps_left == 0 or (ended is not None and bool(ended.all())):
                 if self._next_row == self._num_rows:
                     return
+                del self._decoder  # the next one can use its memory
                 self._start()
                 continue
             if ended is not None and self._should_drop(int(ended.count_nonzero())):
@@ -182,7 +183,7 @@ class _DecodeLoop:
         free = self._batch_size - len(self._finished)
         if not free or not self._admits_waiting_rows():
             return
-        assert isinstance(self._decoder, TrunkDecoder), "asked just now"
+        assert isinstance(self._decoder, ADMITTING), "asked just now"
         rows = self._take(free)
         prompts, lengths, index = self._prompts_of(rows)
         self._decoder.admit(prompts, lengths, index)
@@ -216,11 +217,15 @@ class _DecodeLoop:
         return mask.index_select(0, index)
 
     def _admits_waiting_rows(self) -> bool:
-        return self._next_row < self._num_rows and self._masker is None and isinstance(self._decoder, TrunkDecoder)
+        return self._next_row < self._num_rows and self._masker is None and isinstance(self._decoder, ADMITTING)
 
     def _should_drop(self, ended: int) -> bool:
-        share = WORTH_CAPTURING_ANEW if self._place.device.type in CAPTURES else ENDED_WORTH_DROPPING
-        return ended > 0 and ended >= share * len(self._finished) / (2 if self._admits_waiting_rows() else 1)
+        if not ended:
+            return False
+        waiting = self._admits_waiting_rows()
+        if isinstance(self._decoder, CapturedDecoder) and not waiting:
+            return self._decoder.worth_dropping(ended)
+        return ended >= ENDED_WORTH_DROPPING * len(self._finished) / (2 if waiting else 1)
 
     def _drop(self, ended: Tensor, tokens: Tensor) -> Tensor:
         """Goes on without the rows that are known to have ended, (rows,) bool; returns the tokens of the others."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.cached_decoder import CachedDecoder
+from textgym.agents.common.captured_decoder import CapturedDecoder
+from textgym.agents.common.captured_step import CAPTURES
 from textgym.agents.common.trunk_decoder import TrunkDecoder
 
 
@@ -44,6 +46,7 @@ def make_decoder(backbone: Backbone, prompt_ids: Tensor, prompt_lengths: Tensor,
     # Without the columns that are padding in every row, and with ids that the model has in the rest.
     prompt_ids = prompt_ids[:, prompt_ids.shape[1] - width :]
     prompt_ids = prompt_ids.masked_fill(torch.arange(width, device=prompt_ids.device) < (width - prompt_lengths).unsqueeze(1), 0)
-    if trunk is not None:
-        return TrunkDecoder(backbone, trunk, prompt_ids, prompt_lengths, index, max_new_tokens)
-    return CachedDecoder(backbone, prompt_ids, prompt_lengths, index, max_new_tokens)
+    if trunk is None:
+        return CachedDecoder(backbone, prompt_ids, prompt_lengths, index, max_new_tokens)
+    captures = prompt_ids.device.type in CAPTURES and not backbone.kept_rows.failed
+    return (CapturedDecoder if captures else TrunkDecoder)(backbone, trunk, prompt_ids, prompt_lengths, index, max_new_tokens)

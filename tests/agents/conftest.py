@@ -1,13 +1,18 @@
-"""A small task that all agent tests share: the hard tree as an environment, and a tiny language model on it."""
+"""What agent tests share: a small task (the hard tree as an environment, and a tiny language model on it), and a recorder of steps."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import textgym  # noqa: F401  (registers the ids)
+from textgym.agents.common import captured_step
 from textgym.agents.policy import CausalLMPolicy
 from textgym.exact import TokenTree, hard_tree
 from textgym.exact.models import tiny_lm
@@ -80,3 +85,82 @@ class SubtractLengthSingle(gym.RewardWrapper):
 
     def reward(self, reward: Any) -> float:
         return float(reward) - 0.5
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every operation with the memory it was given; replaying computes on this memory again, and on nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Of each tensor an alias: what becomes of a parameter whose `data` is replaced later must not be known here.
+        frozen = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in tree_flatten(frozen)[0] if isinstance(tensor, torch.Tensor)}
+        outputs = [tensor.detach() for tensor in tree_flatten(results)[0] if isinstance(tensor, torch.Tensor)]
+        fresh = [tensor.untyped_storage().data_ptr() not in inputs for tensor in outputs]
+        changes = func._schema.is_mutable
+        if changes or any(fresh):  # a view needs no computing
+            self.operations.append((func, *frozen, outputs, changes))
+        return results
+
+    @torch.inference_mode()
+    def replay(self):
+        for func, args, kwargs, outputs, changes in self.operations:
+            results = [tensor for tensor in tree_flatten(func(*args, **kwargs))[0] if isinstance(tensor, torch.Tensor)]
+            if not changes:
+                for output, result in zip(outputs, results, strict=True):
+                    output.copy_(result)
+
+
+class Captures:
+    """Captures steps on the CPU, and counts captures and replays."""
+
+    recorder = Recorder
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def capture(self, step):
+        self.captured += 1
+        recorder, first = Recorder(), [step]
+
+        def replay():
+            self.replayed += 1
+            if first:
+                # A capture computes nothing; this one does, and so it is the first replay.
+                with recorder:
+                    first.pop()()
+            else:
+                recorder.replay()
+
+        return replay
+
+    @contextlib.contextmanager
+    def off(self):
+        capture = captured_step.CAPTURES.pop("cpu")
+        yield
+        captured_step.CAPTURES["cpu"] = capture
+
+    def check(self, policy, *arguments, tolerance=5e-5, **settings):
+        """Compares with what is found without capturing; returns that and the number of captures."""
+        before, replayed = self.captured, self.replayed
+        found = policy.generate(*arguments, **settings)
+        captured = self.captured - before
+        with self.off():
+            expected = policy.generate(*arguments, **settings)
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.lengths, expected.lengths)
+        torch.testing.assert_close(found.log_probs, expected.log_probs, atol=tolerance, rtol=0)
+        assert (self.replayed > replayed) == (policy.backbone.fast_trunk is not None)
+        return expected, captured
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """See `Captures`."""
+    counts = Captures()
+    monkeypatch.setitem(captured_step.CAPTURES, "cpu", counts.capture)
+    return counts

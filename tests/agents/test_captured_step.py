@@ -2,64 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from textgym.agents import CausalLMPolicy
-from textgym.agents.common import captured_step
+from textgym.agents.common import captured_step, decode_loop
 
 PROMPTS = ["abc", "hello there", "a", "the cat sat on the mat."]
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down every operation with the very tensors it was given; replaying computes on these tensors again, and on nothing else."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in tree_flatten((args, kwargs))[0] if isinstance(tensor, torch.Tensor)}
-        outputs = [tensor for tensor in tree_flatten(results)[0] if isinstance(tensor, torch.Tensor)]
-        fresh = [tensor.untyped_storage().data_ptr() not in inputs for tensor in outputs]
-        changes = func._schema.is_mutable
-        if changes or any(fresh):  # a view needs no computing
-            self.operations.append((func, args, kwargs or {}, outputs, changes))
-        return results
-
-    def replay(self):
-        for func, args, kwargs, outputs, changes in self.operations:
-            results = [tensor for tensor in tree_flatten(func(*args, **kwargs))[0] if isinstance(tensor, torch.Tensor)]
-            if not changes:
-                for output, result in zip(outputs, results, strict=True):
-                    output.copy_(result)
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """Captures steps on the CPU, and counts captures and replays."""
-    counts = {"captured": 0, "replayed": 0}
-
-    def capture(step):
-        counts["captured"] += 1
-        kept = {}
-        recorder = Recorder()
-
-        def replay():
-            counts["replayed"] += 1
-            if not kept:
-                # A capture computes nothing; this one does, and so it is the first replay.
-                with recorder:
-                    step()
-                kept["done"] = True
-            else:
-                recorder.replay()
-
-        return replay
-
-    monkeypatch.setitem(captured_step.CAPTURES, "cpu", capture)
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -73,31 +20,32 @@ def captures(monkeypatch):
 )
 def test_replayed_steps_are_steps(model, tokenizer, captures, settings):
     policy = CausalLMPolicy(model.cpu(), tokenizer, device="cpu", eos_token_ids=tokenizer.convert_tokens_to_ids(["e", "t", "o"]))
-    found = policy.generate(PROMPTS, 30, seed=0, **settings)
-    counts = dict(captures)
-    captured_step.CAPTURES.pop("cpu")
-    expected = policy.generate(PROMPTS, 30, seed=0, **settings)
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=5e-5, rtol=0)
+    expected, captured = captures.check(policy, PROMPTS, 30, seed=0, **settings)
     if policy.backbone.fast_trunk is None:
-        assert counts == {"captured": 0, "replayed": 0}
+        assert captured == captures.replayed == 0
     else:
-        assert counts["captured"] > 0 and counts["replayed"] > counts["captured"]
+        assert captured > 0 and captures.replayed > captured
         assert int(expected.lengths.min()) < int(expected.lengths.max()), "rows have been dropped on the way"
 
 
-def test_the_recorder_catches_what_is_no_part_of_a_step():
-    """A value that the host holds is frozen by a capture: the recorder must show it."""
+def test_the_recorder_catches_what_is_no_part_of_a_step(captures):
+    """A value that the host holds is frozen by a capture, and so is the memory of a parameter: the recorder must show it."""
     total, column = torch.zeros(4), 0
-    recorder = Recorder()
-    with recorder:
-        total[column] += 1
+    weight = torch.nn.Parameter(torch.ones(1))
+    recorder = captures.recorder()
+    with recorder, torch.no_grad():
+        total[column] += weight[0]
     column = 1
+    with torch.no_grad():
+        weight += 1
     recorder.replay()
-    assert total.tolist() == [2, 0, 0, 0]
+    assert total.tolist() == [3, 0, 0, 0]
+    weight.data = torch.zeros(1)
+    recorder.replay()
+    assert total.tolist() == [5, 0, 0, 0]
 
 
-def test_what_cannot_be_captured_is_run(monkeypatch):
+def test_what_cannot_be_captured_on_cuda_is_named(monkeypatch):
     class Broken:
         def __enter__(self):
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -107,19 +55,40 @@ def test_what_cannot_be_captured_is_run(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: Broken())
-    calls = []
     with pytest.warns(UserWarning, match="could not be captured: operation not permitted"):
-        step = captured_step.capture_on_cuda(lambda: calls.append(1))
-    step()
-    assert calls == [1]
+        assert captured_step.capture_on_cuda(lambda: None) is None
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_what_cannot_be_captured_is_run_and_not_tried_again(tiny_model, tokenizer, monkeypatch, size):
+    policy = CausalLMPolicy(tiny_model("llama", len(tokenizer)), tokenizer, device="cpu")
+    arguments = {"seed": 0, "num_generations": 2, "max_batch_size": size}
+    expected = policy.generate(PROMPTS, 60, **arguments)
+    tried = []
+    monkeypatch.setitem(captured_step.CAPTURES, "cpu", tried.append)
+    for _ in range(2):
+        assert torch.equal(policy.generate(PROMPTS, 60, **arguments).ids, expected.ids)
+    assert len(tried) == 1
+
+
+def test_late_answers_and_replayed_steps(model, tokenizer, captures, monkeypatch):
+    """A row that has ended stays in the batch while younger ones go on, beyond the last position that there is."""
+    monkeypatch.setattr(decode_loop, "ENDED_WORTH_DROPPING", 0.9)
+    policy = CausalLMPolicy(model.cpu(), tokenizer, device="cpu", eos_token_ids=tokenizer.convert_tokens_to_ids(["e"]))
+    steps = int(model.config.max_position_embeddings) - max(map(len, PROMPTS))
+    for _ in range(2):
+        captures.check(policy, PROMPTS, steps, seed=0, num_generations=8, max_batch_size=10)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs(tiny_model, tokenizer, monkeypatch, recwarn):
     policy = CausalLMPolicy(tiny_model("llama", len(tokenizer)), tokenizer, device="cuda")
-    found = policy.generate(PROMPTS, 30, seed=0, num_generations=8, max_batch_size=20)
+    arguments = {"seed": 0, "num_generations": 8, "max_batch_size": 20}
+    found = [policy.generate(PROMPTS, 30, **arguments) for _ in range(3)]
     assert not [warning for warning in recwarn if "captured" in str(warning.message)]
+    assert len(policy.backbone.kept_rows) > 0
     monkeypatch.delitem(captured_step.CAPTURES, "cuda")
-    expected = policy.generate(PROMPTS, 30, seed=0, num_generations=8, max_batch_size=20)
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+    expected = policy.generate(PROMPTS, 30, **arguments)
+    for one in found:
+        assert torch.equal(one.ids, expected.ids)
+        torch.testing.assert_close(one.log_probs, expected.log_probs, atol=1e-4, rtol=0)

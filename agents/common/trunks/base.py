@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,12 @@ class Trunk(ABC):
         """Returns a trunk for one decode loop, during which no parameter changes: finding them takes time at each of its steps."""
         trunk = copy.copy(self)
         trunk._found = self.layers()
+        return trunk
+
+    def with_own_tables(self, limit: int) -> Self:
+        """Returns a trunk prepared for positions below `limit`, whose tables stay whatever this one is prepared for later."""
+        trunk = copy.copy(self)
+        trunk.prepare(limit)
         return trunk
 
     def checkpoint_gradients(self) -> None:

@@ -1,0 +1,101 @@
+"""The buffers and captured steps of a model, from one `generate` to the next."""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from textgym.agents.common.captured_rows import CapturedRows
+
+MOST_KEPT = 4  # buffers of different numbers of columns
+SHARE_OF_MEMORY = 1 / 8  # of a GPU's; training needs the rest
+LIBRARIES = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "transformers.pytorch_utils")
+
+
+class KeptRows:
+    """Buffers that no decoder uses at the moment.
+
+    A decoder takes buffers out and gives them back, so two decoders never share any. What was kept longest goes first when there are too
+    many of them, and all go when the model is no longer what the steps were captured with. Copies and pickles are empty.
+
+    Attributes:
+        failed: a step of this model could not be captured; there is no use in trying again.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._model: Hashable = None
+        self._kept: list[CapturedRows] = []
+
+    def __reduce__(self) -> tuple[type["KeptRows"], tuple[()]]:
+        return KeptRows, ()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Lets all buffers go."""
+        self._kept.clear()
+
+    def take(self, model: Hashable, rows: int, columns: int) -> "CapturedRows | None":
+        """Returns buffers of `columns` columns with room for `rows`, if there are any.
+
+        Args:
+            model: the `fingerprint` of the model as it is now.
+            rows: at least so many.
+            columns: exactly so many, since every step looks at all of them.
+        """
+        if model != self._model:
+            self.clear()
+            self._model = model
+        for kept in [kept for kept in self._kept if kept.columns == columns]:
+            self._kept.remove(kept)
+            if kept.rows >= rows:
+                return kept
+            # The larger one that is made now will serve in its place.
+        return None
+
+    def give_back(self, model: Hashable, rows: "CapturedRows") -> None:
+        """Keeps buffers that a decoder has taken or made, if they can be used again.
+
+        Args:
+            model: the `fingerprint` of the model when the decoder began.
+            rows: the buffers.
+        """
+        limit = memory_for_buffers(rows.logits.device)
+        if self.failed or model is None or model != self._model or rows.num_bytes > limit:
+            return
+        self._kept.append(rows)
+        while len(self._kept) > MOST_KEPT or sum(kept.num_bytes for kept in self._kept) > limit:
+            self._kept.pop(0)
+
+
+def memory_for_buffers(device: torch.device) -> int:
+    """Returns how many bytes a model may keep there."""
+    if device.type != "cuda":
+        return 2**30
+    return int(SHARE_OF_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+
+
+def fingerprint(model: nn.Module) -> Hashable:
+    """Returns what captured steps have frozen of a model: they are valid as long as this stays equal. None: that cannot be told.
+
+    A graph reads parameters where they were when it was captured. An optimiser that changes them in place is none of its business; what
+    moves or replaces them is. It also goes on in the way that Python's code took: so only torch's and transformers' own modules are
+    trusted, whose way depends on nothing that changes, and those without hooks. Adapters can be switched off, merged, or scaled anew, and
+    autocast computes with copies of the weights that it throws away: captures with these last for one decode loop.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if any(torch.is_autocast_enabled(device) for device in {tensor.device.type for _, tensor in tensors}):
+        return None
+    if not all(map(_is_known, model.modules())) or not all(type(tensor) in (Tensor, nn.Parameter) for _, tensor in tensors):
+        return None
+    places = ((name, tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in tensors)
+    return tuple(places), tuple((name, type(module)) for name, module in model.named_modules())
+
+
+def _is_known(module: nn.Module) -> bool:
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module).__module__.startswith(LIBRARIES) and not changed

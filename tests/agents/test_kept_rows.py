@@ -1,0 +1,357 @@
+"""Captured steps and their buffers that serve one decode loop after the other; by a recorder for the CPU."""
+
+import contextlib
+import copy
+import gc
+import itertools
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from textgym.agents import CausalLMPolicy, Sampling
+from textgym.agents.common import kept_rows
+from textgym.agents.common.buckets import bucket
+from textgym.agents.common.captured_decoder import CapturedDecoder
+from textgym.agents.common.decoders import make_decoder
+
+PROMPTS = ["abc", "hello there", "a", "the cat sat on the mat."]
+TRUNKS = ("gpt2", "llama")
+
+
+@pytest.fixture(params=TRUNKS)
+def policy(request, tiny_model, tokenizer):
+    """Whose completions all run to the end."""
+    policy = CausalLMPolicy(tiny_model(request.param, len(tokenizer) + 3), tokenizer, device="cpu")
+    policy.eos_token_ids = ()
+    return policy
+
+
+@pytest.fixture(params=TRUNKS)
+def ending_policy(request, tiny_model, tokenizer):
+    """A third of all characters end a completion."""
+    ends = list(range(2, tokenizer.vocab_size, 3))
+    return CausalLMPolicy(tiny_model(request.param, len(tokenizer) + 3), tokenizer, device="cpu", eos_token_ids=ends)
+
+
+def kept(policy):
+    return policy.backbone.kept_rows._kept
+
+
+def disturb(policy, scale=0.1):
+    """Changes the weights in place, as an optimiser does."""
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("count", "parts", "least", "expected"), [
+    (1, 2, 1, 1), (2, 2, 1, 2), (3, 2, 1, 3), (4, 2, 1, 4), (5, 2, 1, 6), (7, 2, 1, 8), (9, 2, 1, 12), (129, 2, 1, 192), (193, 2, 1, 256),
+    (5, 4, 1, 5), (9, 4, 1, 10), (129, 4, 1, 160), (256, 4, 1, 256), (1, 4, 64, 64), (64, 4, 64, 64), (65, 4, 64, 80), (300, 4, 64, 320),
+])  # fmt: skip
+def test_buckets(count, parts, least, expected):
+    assert bucket(count, parts, least) == expected
+    assert bucket(expected, parts, least) == expected
+
+
+def test_the_second_call_captures_nothing(policy, captures):
+    first, captured = captures.check(policy, PROMPTS, 30, seed=0, num_generations=4)
+    assert captured == 1
+    assert len(kept(policy)) == 1
+    second, captured = captures.check(policy, PROMPTS, 30, seed=1, num_generations=4)
+    assert captured == 0
+    assert not torch.equal(first.ids, second.ids)
+
+
+def test_sizes_of_one_bucket_share(policy, captures):
+    assert captures.check(policy, PROMPTS[:1], 30, seed=0, num_generations=9)[1] == 1
+    assert captures.check(policy, PROMPTS[:1], 20, seed=0, num_generations=10)[1] == 0
+    assert captures.check(policy, PROMPTS[1:], 33, seed=0, num_generations=3)[1] == 0
+    assert kept(policy)[0]._table.shape[2:5:2] == (10, 64)
+    # A smaller bucket is a captured step more on the same buffers.
+    assert captures.check(policy, PROMPTS[1:], 33, seed=0)[1] == 1
+    assert captures.check(policy, PROMPTS[1:], 33, seed=0)[1] == 0
+    assert len(kept(policy)) == 1
+
+
+def test_more_rows_get_larger_buffers_in_the_place_of_the_smaller_ones(policy, captures):
+    assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 1
+    assert captures.check(policy, PROMPTS, 20, seed=0, num_generations=4)[1] == 1
+    assert [rows.rows for rows in kept(policy)] == [16]
+    assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 1
+    assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 0
+
+
+def test_rows_that_fill_up_a_bucket_change_nothing(policy, captures):
+    captures.check(policy, PROMPTS, 40, seed=0, num_generations=6)
+    captures.check(policy, PROMPTS[:1], 40, seed=3, num_generations=13)
+    rows = kept(policy)[0]
+    assert rows.rows == 24
+    assert rows.count == 13
+    assert rows.size_for(13) == 16
+    for buffer in (rows._table, rows._logits, rows._bias):
+        assert buffer.isfinite().all()
+    assert rows._logits[13:16].abs().sum() > 0, "they have run along"
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch_size": 5}, {"max_batch_size": 20, "top_p": 0.9}, {"max_batch_size": 21}])
+def test_rows_that_leave_and_come_change_buckets(ending_policy, captures, settings):
+    policy = ending_policy
+    sizes = set()
+    for seed in (0, 1, 0, 1, 0):
+        expected, captured = captures.check(policy, PROMPTS, 60, seed=seed, num_generations=16, **settings)
+        assert int(expected.lengths.min()) < int(expected.lengths.max()) - 5
+        sizes |= {(rows.columns, size) for rows in kept(policy) for size in rows._steps}
+    assert captured == 0
+    assert len({size for _, size in sizes}) > 3
+    if settings:
+        assert len({columns for columns, _ in sizes}) > 1, "rows have moved into longer buffers"
+
+
+def test_rows_are_dropped_exactly_when_fewer_are_run(ending_policy, captures, monkeypatch):
+    """Between two steps without a change of buckets nothing is moved."""
+    moves = []
+    select = CapturedDecoder.select
+
+    def watched(decoder, rows):
+        before = decoder._rows.size_for(decoder._rows.count)
+        select(decoder, rows)
+        moves.append((before, decoder._rows.size_for(len(rows))))
+
+    monkeypatch.setattr(CapturedDecoder, "select", watched)
+    ending_policy.generate(PROMPTS, 60, seed=0, num_generations=16)
+    assert len(moves) > 4
+    assert all(after < before for before, after in moves)
+    for (_, after), (before, _) in itertools.pairwise(moves):
+        assert after == before
+
+
+def test_the_optimiser_changes_what_kept_steps_compute(policy, captures):
+    before, _ = captures.check(policy, PROMPTS, 30, seed=0)
+    for _ in range(2):
+        disturb(policy)
+        after, captured = captures.check(policy, PROMPTS, 30, seed=0)
+        assert captured == 0
+        assert not torch.equal(before.ids, after.ids)
+        before = after
+
+
+def assign(policy):
+    policy.model.load_state_dict({name: 0.8 * tensor for name, tensor in policy.model.state_dict().items()}, assign=True)
+
+
+def replace_data(policy):
+    for parameter in policy.model.parameters():
+        parameter.data = 0.8 * parameter.data
+
+
+def replace_one_module(policy):
+    norm = next(module for module in policy.model.modules() if "Norm" in type(module).__name__)
+    norm.weight = torch.nn.Parameter(2 * norm.weight.detach())
+
+
+def replace_an_activation(policy):
+    for module in policy.model.modules():
+        for name in ("act", "act_fn"):
+            if hasattr(module, name):
+                setattr(module, name, torch.nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda policy: policy.model.to(torch.float64), assign, replace_data, replace_one_module, replace_an_activation]
+)
+def test_other_parameters_and_modules_are_captured_anew(policy, captures, change):
+    captures.check(policy, PROMPTS, 30, seed=0)
+    old = weakref.ref(kept(policy)[0])
+    change(policy)
+    assert policy.backbone.fast_trunk is not None
+    _, captured = captures.check(policy, PROMPTS, 30, seed=0)
+    assert captured == 1
+    assert captures.check(policy, PROMPTS, 30, seed=0)[1] == 0
+    assert old() is None
+
+
+def test_a_hook_is_a_part_of_the_model(policy, captures):
+    """A step with hooks is captured for one loop only, since they may do something else in the next."""
+    first, _ = captures.check(policy, PROMPTS, 30, seed=0)
+    scale = [0.5]
+    hook = policy.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * scale[0])
+    with_hook, captured = captures.check(policy, PROMPTS, 30, seed=0)
+    assert captured == 1
+    scale[0] = 2.0
+    other, captured = captures.check(policy, PROMPTS, 30, seed=0)
+    assert captured == 1
+    hook.remove()
+    last, _ = captures.check(policy, PROMPTS, 30, seed=0)
+    assert torch.equal(first.ids, last.ids)
+    assert not torch.equal(first.ids, with_hook.ids)
+    assert not torch.equal(with_hook.ids, other.ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_adapters_may_be_switched_and_merged(tiny_model, tokenizer, captures, kind):
+    peft = pytest.importorskip("peft")
+    targets, turned = (["c_attn", "c_fc"], True) if kind == "gpt2" else (["q_proj", "up_proj"], False)
+    base = tiny_model(kind, len(tokenizer))
+    policy = CausalLMPolicy(base, tokenizer, device="cpu")
+    policy.eos_token_ids = ()
+    captures.check(policy, PROMPTS, 30, seed=0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=turned))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=turned))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    adapted, reference = CausalLMPolicy(model, tokenizer, device="cpu"), CausalLMPolicy(model, tokenizer, device="cpu").reference()
+
+    def layers(change):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                change(module)
+
+    found = []
+    for change in (
+        lambda: None,
+        lambda: model.set_adapter("other"),
+        lambda: layers(lambda layer: layer.scale_layer(2.0)),
+        lambda: layers(lambda layer: layer.merge()),
+        lambda: model.set_adapter("default"),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+    ):
+        change()
+        found += [captures.check(one, PROMPTS, 30, seed=0)[0].ids for one in (adapted, policy)]
+        captures.check(reference, PROMPTS, 30, seed=0)
+    assert len({tuple(ids.flatten().tolist()) for ids in found}) >= 4, "the changes show"
+    model.unload()
+    captures.check(policy, PROMPTS, 30, seed=0)
+    assert captures.check(policy, PROMPTS, 30, seed=0)[1] == 0
+
+
+def test_steps_under_autocast_last_for_one_loop(policy, captures):
+    """Autocast computes with copies of the weights that are gone, or old, by the next one."""
+    half = CausalLMPolicy(policy.model, policy.tokenizer, device="cpu", autocast="bfloat16")
+    half.eos_token_ids = ()
+    captures.check(policy, PROMPTS, 30, seed=0)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, captured = captures.check(policy, PROMPTS, 12, seed=0, tolerance=0.2, temperature=0)
+        assert captured == 1
+        assert captures.check(half, PROMPTS, 12, seed=0, tolerance=0.2, temperature=0)[1] == 1
+        disturb(policy)
+    assert not kept(half)
+
+
+def test_two_decoders_at_a_time_share_nothing(policy, captures):
+    ids, lengths = policy.encode_prompts(PROMPTS)
+    index = torch.arange(4)
+    tokens = torch.randint(3, 40, (2, 12, 4), generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with torch.no_grad():
+            decoders = [make_decoder(policy.backbone, ids, lengths, index, 20) for _ in range(2)]
+            logits = [[decoder.step(tokens[i, t]).clone() for i, decoder in enumerate(decoders)] for t in range(12)]
+        return decoders, torch.stack([torch.stack(pair) for pair in logits])
+
+    for _ in range(2):
+        decoders, found = run()
+        assert decoders[0]._rows is not decoders[1]._rows
+        assert not kept(policy)
+        del decoders
+        assert len(kept(policy)) == 2
+        with captures.off():
+            torch.testing.assert_close(found, run()[1], atol=1e-4, rtol=1e-4)
+    assert captures.captured == 2, "those of the first round have served again"
+
+
+def test_a_mask_by_the_same_model(policy, captures):
+    """Its decoder lives beside the loop's, and outside of inference mode."""
+    mask = policy.kept_mask(Sampling(top_p=0.6))
+    numbers = []
+    for _ in range(3):
+        captures.check(policy, PROMPTS, 20, seed=0)
+        numbers.append(captures.check(policy, PROMPTS, 20, seed=0, action_mask=mask)[1])
+    assert numbers == [1, 0, 0]
+
+
+def test_several_batches_use_the_same_buffers(policy, captures):
+    mask = policy.reference().kept_mask(Sampling(top_p=0.6))
+    _, captured = captures.check(policy, PROMPTS, 20, seed=0, num_generations=6, max_batch_size=6, action_mask=mask)
+    assert captured == 2, "one of the policy, one of the mask"
+
+
+def test_memory_is_bounded(policy, captures, monkeypatch):
+    lengths = (20, 50, 62, 78, 90)
+    for length in lengths:
+        assert captures.check(policy, PROMPTS, length, seed=0)[1] == 1
+    assert [rows.columns for rows in kept(policy)] == [80, 96, 112, 128]
+    captures.check(policy, PROMPTS, 50, seed=0)
+    captures.check(policy, PROMPTS, 20, seed=0)
+    assert [rows.columns for rows in kept(policy)] == [112, 128, 80, 64], "the one that was not used for longest has gone"
+    limit = kept(policy)[-1].num_bytes + kept(policy)[-2].num_bytes
+    monkeypatch.setattr(kept_rows, "memory_for_buffers", lambda device: limit)
+    captures.check(policy, PROMPTS, 50, seed=0)
+    assert [rows.columns for rows in kept(policy)] == [64, 80]
+    monkeypatch.setattr(kept_rows, "memory_for_buffers", lambda device: limit // 2 - 1)
+    for _ in range(2):
+        assert captures.check(policy, PROMPTS, 90, seed=0)[1] == 1
+    assert [rows.columns for rows in kept(policy)] == [64, 80], "what alone is too large drives nothing out"
+
+
+def test_numbers_that_are_not_finite_stay_behind(policy, captures):
+    captures.check(policy, PROMPTS, 30, seed=0)
+    weight = next(parameter for parameter in policy.parameters() if parameter.ndim == 1)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] = torch.nan
+    # No exception is held on to, and with it the decoder.
+    with contextlib.suppress(ValueError):
+        policy.generate(PROMPTS, 40, seed=0)
+    assert len(kept(policy)) == 1
+    assert kept(policy)[0]._table.isnan().any()
+    with torch.no_grad():
+        weight.copy_(before)
+    assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 0
+
+
+def test_longer_tables_of_positions_leave_kept_steps_right(policy, captures):
+    captures.check(policy, PROMPTS, 20, seed=0)
+    policy.backbone.fast_trunk.prepare(120)
+    captures.check(policy, PROMPTS, 100, seed=0)
+    assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 0
+
+
+def test_copies_have_none(policy, captures):
+    captures.check(policy, PROMPTS, 30, seed=0)
+    reference = policy.reference()
+    assert not kept(reference)
+    assert len(kept(policy)) == 1
+    assert len(pickle.loads(pickle.dumps(policy.backbone.kept_rows))) == 0
+    assert len(copy.copy(policy.backbone.kept_rows)) == 0
+    expected, captured = captures.check(reference, PROMPTS, 30, seed=0)
+    assert captured == 1
+    disturb(policy)
+    assert torch.equal(captures.check(reference, PROMPTS, 30, seed=0)[0].ids, expected.ids)
+
+
+def test_buffers_end_with_the_model(policy, captures):
+    """At once: a garbage collection may be long in coming, and they are large."""
+    gc.collect()
+    gc.disable()
+    try:
+        captures.check(policy, PROMPTS, 30, seed=0, num_generations=2)
+        alive = weakref.ref(kept(policy)[0])
+        policy.backbone = None
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_without_captures_nothing_is_kept(policy):
+    policy.generate(PROMPTS, 30, seed=0)
+    assert not kept(policy)
