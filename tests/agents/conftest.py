@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -87,32 +88,51 @@ class SubtractLengthSingle(gym.RewardWrapper):
         return float(reward) - 0.5
 
 
+class Borrowed:
+    """A tensor in memory of somebody else's, whose life it does not prolong."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.dtype, self.place = tensor.dtype, (tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def tensor(self) -> torch.Tensor:
+        assert not self.storage.expired(), "a replay uses memory that has been freed"
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class Recorder(TorchDispatchMode):
-    """Writes down every operation with the memory it was given; replaying computes on this memory again, and on nothing else."""
+    """Writes down every operation with the memory it was given; replaying computes on this memory again, and on nothing else.
+
+    As with a graph, memory that was allocated on the way belongs to the recording, and all other must be kept alive by others.
+    """
 
     def __init__(self):
         super().__init__()
         self.operations = []
+        self.own = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Of each tensor an alias: what becomes of a parameter whose `data` is replaced later must not be known here.
-        frozen = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        given = tree_map_only(torch.Tensor, self.frozen, (args, kwargs or {}))
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in tree_flatten((args, kwargs))[0] if isinstance(tensor, torch.Tensor)}
         results = func(*args, **(kwargs or {}))
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in tree_flatten(frozen)[0] if isinstance(tensor, torch.Tensor)}
         outputs = [tensor.detach() for tensor in tree_flatten(results)[0] if isinstance(tensor, torch.Tensor)]
-        fresh = [tensor.untyped_storage().data_ptr() not in inputs for tensor in outputs]
-        changes = func._schema.is_mutable
-        if changes or any(fresh):  # a view needs no computing
-            self.operations.append((func, *frozen, outputs, changes))
+        fresh = {tensor.untyped_storage().data_ptr() for tensor in outputs} - inputs
+        self.own |= fresh
+        if func._schema.is_mutable or fresh:  # a view needs no computing
+            self.operations.append((func, *given, [] if func._schema.is_mutable else outputs))
         return results
+
+    def frozen(self, tensor):
+        return tensor.detach() if tensor.untyped_storage().data_ptr() in self.own else Borrowed(tensor)
 
     @torch.inference_mode()
     def replay(self):
-        for func, args, kwargs, outputs, changes in self.operations:
+        for func, *given, outputs in self.operations:
+            args, kwargs = tree_map_only(Borrowed, Borrowed.tensor, tuple(given))
             results = [tensor for tensor in tree_flatten(func(*args, **kwargs))[0] if isinstance(tensor, torch.Tensor)]
-            if not changes:
-                for output, result in zip(outputs, results, strict=True):
-                    output.copy_(result)
+            for output, result in zip(outputs, results, strict=bool(outputs)):
+                output.copy_(result)
 
 
 class Captures:

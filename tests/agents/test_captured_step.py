@@ -32,17 +32,21 @@ def test_the_recorder_catches_what_is_no_part_of_a_step(captures):
     """A value that the host holds is frozen by a capture, and so is the memory of a parameter: the recorder must show it."""
     total, column = torch.zeros(4), 0
     weight = torch.nn.Parameter(torch.ones(1))
+    memory = weight.data
     recorder = captures.recorder()
     with recorder, torch.no_grad():
-        total[column] += weight[0]
+        total[column] += 2 * weight[0]
     column = 1
     with torch.no_grad():
         weight += 1
     recorder.replay()
-    assert total.tolist() == [3, 0, 0, 0]
+    assert total.tolist() == [6, 0, 0, 0]
     weight.data = torch.zeros(1)
     recorder.replay()
-    assert total.tolist() == [5, 0, 0, 0]
+    assert total.tolist() == [10, 0, 0, 0]
+    del memory
+    with pytest.raises(AssertionError, match="memory that has been freed"):
+        recorder.replay()
 
 
 def test_what_cannot_be_captured_on_cuda_is_named(monkeypatch):
