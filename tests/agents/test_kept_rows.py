@@ -110,6 +110,9 @@ def test_rows_that_leave_and_come_change_buckets(ending_policy, captures, settin
     assert len({size for _, size in sizes}) > 3
     if settings:
         assert len({columns for columns, _ in sizes}) > 1, "rows have moved into longer buffers"
+    for columns in [rows.columns for rows in kept(policy)]:
+        # These buffers were made on the way, in inference mode; a loop begins outside of it.
+        captures.check(policy, PROMPTS, columns - max(map(len, PROMPTS)), seed=0)
 
 
 def test_rows_are_dropped_exactly_when_fewer_are_run(ending_policy, captures, monkeypatch):
@@ -128,6 +131,22 @@ def test_rows_are_dropped_exactly_when_fewer_are_run(ending_policy, captures, mo
     assert all(after < before for before, after in moves)
     for (_, after), (before, _) in itertools.pairwise(moves):
         assert after == before
+
+
+def test_captures_for_one_loop_are_made_for_halves(ending_policy, captures, monkeypatch):
+    """They must be worth it."""
+    moves = []
+    select = CapturedDecoder.select
+
+    def watched(decoder, rows):
+        moves.append((decoder._rows.count, len(rows)))
+        select(decoder, rows)
+
+    monkeypatch.setattr(CapturedDecoder, "select", watched)
+    ending_policy.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output)
+    captures.check(ending_policy, PROMPTS, 60, seed=0, num_generations=16)
+    assert len(moves) > 2
+    assert all(2 * after <= before for before, after in moves)
 
 
 def test_the_optimiser_changes_what_kept_steps_compute(policy, captures):
@@ -173,6 +192,35 @@ def test_other_parameters_and_modules_are_captured_anew(policy, captures, change
     assert captured == 1
     assert captures.check(policy, PROMPTS, 30, seed=0)[1] == 0
     assert old() is None
+
+
+class Squares(torch.nn.Parameter):
+    """A tensor whose products are its own affair."""
+
+
+class Projection(torch.nn.Linear):
+    """A user's."""
+
+
+def override(model):
+    model.lm_head.forward = lambda states: states
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        override,
+        lambda model: model.lm_head.register_forward_pre_hook(lambda module, inputs: None),
+        lambda model: model.lm_head.register_forward_hook(lambda module, inputs, output: None),
+        lambda model: setattr(model.lm_head, "weight", Squares(model.lm_head.weight.detach())),
+        lambda model: setattr(model, "lm_head", Projection(32, 49, bias=False)),
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model.lm_head),
+    ],
+)
+def test_what_python_decides_is_not_kept(policy, change):
+    assert kept_rows.fingerprint(policy.model) == kept_rows.fingerprint(policy.model) is not None
+    change(policy.model)
+    assert kept_rows.fingerprint(policy.model) is None
 
 
 def test_a_hook_is_a_part_of_the_model(policy, captures):
@@ -269,6 +317,36 @@ def test_two_decoders_at_a_time_share_nothing(policy, captures):
     assert captures.captured == 2, "those of the first round have served again"
 
 
+def test_a_row_may_stay_long_after_its_end(policy, captures):
+    """Younger ones go on beside it: its position must not run out of a table."""
+    ids, lengths = policy.encode_prompts(PROMPTS)
+    steps = policy.backbone.config.max_position_embeddings - ids.shape[1]
+    tokens = torch.randint(3, 40, (2 * steps - 2, 5), generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def run():
+        decoder = make_decoder(policy.backbone, ids, lengths, torch.arange(4), steps)
+        for row in tokens[: steps - 1]:
+            decoder.step(row[:4])
+        decoder.admit(ids[:1], lengths[:1], torch.zeros(1, dtype=torch.int64))
+        return torch.stack([decoder.step(row)[4].clone() for row in tokens[steps - 1 :]])
+
+    for _ in range(2):
+        found = run()
+        with captures.off():
+            torch.testing.assert_close(found, run(), atol=1e-4, rtol=1e-4)
+
+
+def test_buffers_that_rows_have_left_are_free(policy, captures):
+    ids, lengths = policy.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        decoder = make_decoder(policy.backbone, ids, lengths, torch.arange(4), 40)
+        first = decoder._rows
+        decoder.admit(ids[:1], lengths[:1], torch.zeros(1, dtype=torch.int64))
+    assert decoder._rows is not first
+    assert kept(policy) == [first]
+
+
 def test_a_mask_by_the_same_model(policy, captures):
     """Its decoder lives beside the loop's, and outside of inference mode."""
     mask = policy.kept_mask(Sampling(top_p=0.6))
@@ -317,6 +395,17 @@ def test_numbers_that_are_not_finite_stay_behind(policy, captures):
     with torch.no_grad():
         weight.copy_(before)
     assert captures.check(policy, PROMPTS, 20, seed=0)[1] == 0
+
+
+def test_what_kept_buffers_hold_is_of_no_consequence(ending_policy, captures):
+    """Nor where rows move into them on the way."""
+    settings = {"seed": 0, "num_generations": 16, "max_batch_size": 20}
+    for _ in range(3):
+        captures.check(ending_policy, PROMPTS, 60, **settings)
+        assert len(kept(ending_policy)) > 1
+        for rows in kept(ending_policy):
+            for buffer in (rows._table, rows._logits, rows._bias):
+                buffer.fill_(torch.nan)
 
 
 def test_longer_tables_of_positions_leave_kept_steps_right(policy, captures):
