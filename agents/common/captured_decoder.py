@@ -28,7 +28,8 @@ class CapturedDecoder:
         self, backbone: Backbone, trunk: Trunk, prompt_ids: Tensor, prompt_lengths: Tensor, index: Tensor, max_new_tokens: int
     ) -> None:
         self._backbone, self._trunk, self._max_new_tokens = backbone, trunk, max_new_tokens
-        self._model = fingerprint(backbone.model)
+        with backbone.running():
+            self._model = fingerprint(backbone.model)
         prompts, self.logits = self._prefill(prompt_ids, prompt_lengths, index)
         self._use(self._buffers(len(index), prompt_ids.shape[1] + max_new_tokens, prompts))
         self._rows.clear(prompt_ids.shape[1])

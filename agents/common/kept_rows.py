@@ -1,7 +1,7 @@
 """The buffers and captured steps of a model, from one `generate` to the next."""
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 
 MOST_KEPT = 4  # buffers of different numbers of columns
 SHARE_OF_MEMORY = 1 / 8  # of a GPU's; training needs the rest
-LIBRARIES = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "transformers.pytorch_utils")
+# Where modules come from whose way through `forward` depends on nothing but their kind; of peft, those that only hold others.
+KNOWN = (
+    "torch.nn.modules.",
+    "transformers.models.",
+    "transformers.activations",
+    "transformers.pytorch_utils",
+    "peft.peft_model",
+    "peft.tuners.lora.model",
+)
+LORA = "peft.tuners.lora.layer.Linear"
 
 
 class KeptRows:
@@ -83,19 +92,29 @@ def fingerprint(model: nn.Module) -> Hashable:
     """Returns what captured steps have frozen of a model: they are valid as long as this stays equal. None: that cannot be told.
 
     A graph reads parameters where they were when it was captured. An optimiser that changes them in place is none of its business; what
-    moves or replaces them is. It also goes on in the way that Python's code took: so only torch's and transformers' own modules are
-    trusted, whose way depends on nothing that changes, and those without hooks. Adapters can be switched off, merged, or scaled anew, and
-    autocast computes with copies of the weights that it throws away: captures with these last for one decode loop.
+    moves or replaces them is. It also goes on in the way that Python's code took: so only modules are trusted of which it is known what
+    decides that, without hooks. Autocast computes with copies of the weights that it throws away: captures under it last for one loop.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if any(torch.is_autocast_enabled(device) for device in {tensor.device.type for _, tensor in tensors}):
         return None
-    if not all(map(_is_known, model.modules())) or not all(type(tensor) in (Tensor, nn.Parameter) for _, tensor in tensors):
+    ways = tuple(_way(module) for module in model.modules())
+    if None in ways or not all(type(tensor) in (Tensor, nn.Parameter) for _, tensor in tensors):
         return None
     places = ((name, tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in tensors)
-    return tuple(places), tuple((name, type(module)) for name, module in model.named_modules())
+    return tuple(places), ways
 
 
-def _is_known(module: nn.Module) -> bool:
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module).__module__.startswith(LIBRARIES) and not changed
+def _way(module: nn.Module) -> Hashable:
+    """Returns what decides how a module's `forward` goes on; None where that is not known."""
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return None
+    if f"{kind.__module__}.{kind.__qualname__}" == LORA:
+        layer: Any = module
+        merged = tuple(layer.merged_adapters)
+        if layer.lora_variant or (layer.disable_adapters and merged):
+            return None
+        cast = getattr(layer, "cast_input_dtype_enabled", True)
+        return kind, layer.disable_adapters, merged, tuple(layer.active_adapters), tuple(layer.scaling.items()), cast
+    return (kind, module.training) if kind.__module__.startswith(KNOWN) else None

@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,6 +257,7 @@ def test_adapters_may_be_switched_and_merged(tiny_model, tokenizer, captures, ki
             if "lora_" in name:
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
     adapted, reference = CausalLMPolicy(model, tokenizer, device="cpu"), CausalLMPolicy(model, tokenizer, device="cpu").reference()
+    adapted.eos_token_ids = reference.eos_token_ids = ()
 
     def layers(change):
         for module in model.modules():
@@ -271,11 +273,15 @@ def test_adapters_may_be_switched_and_merged(tiny_model, tokenizer, captures, ki
         lambda: model.set_adapter("default"),
         lambda: model.base_model.disable_adapter_layers(),
         lambda: model.base_model.enable_adapter_layers(),
+        lambda: disturb(adapted),
+        lambda: layers(lambda layer: layer.scaling.update(default=3.0)),
     ):
         change()
-        found += [captures.check(one, PROMPTS, 30, seed=0)[0].ids for one in (adapted, policy)]
-        captures.check(reference, PROMPTS, 30, seed=0)
-    assert len({tuple(ids.flatten().tolist()) for ids in found}) >= 4, "the changes show"
+        found += [captures.check(one, PROMPTS, 20, seed=0)[0].ids for one in (adapted, policy)]
+        for _ in range(3):  # in the first one the reference unmerges what is merged, and nothing is kept
+            numbers = [captures.check(one, PROMPTS, 20, seed=0)[1] for one in (reference, adapted, policy)]
+        assert numbers == [0, 0, 0], "what is left alone is kept"
+    assert len({tuple(ids.flatten().tolist()) for ids in found}) >= 6, "the changes show"
     model.unload()
     captures.check(policy, PROMPTS, 30, seed=0)
     assert captures.check(policy, PROMPTS, 30, seed=0)[1] == 0
@@ -292,7 +298,9 @@ def test_steps_under_autocast_last_for_one_loop(policy, captures):
         assert captured == 1
         assert captures.check(half, PROMPTS, 12, seed=0, tolerance=0.2, temperature=0)[1] == 1
         disturb(policy)
-    assert not kept(half)
+    policy.generate(PROMPTS, 12, seed=0, action_mask=half.kept_mask(Sampling(top_p=0.6)))
+    assert kept(policy)
+    assert not kept(half), "its decoder was made outside of its autocast"
 
 
 def test_two_decoders_at_a_time_share_nothing(policy, captures):
@@ -444,3 +452,9 @@ def test_buffers_end_with_the_model(policy, captures):
 def test_without_captures_nothing_is_kept(policy):
     policy.generate(PROMPTS, 30, seed=0)
     assert not kept(policy)
+
+
+def test_a_gpu_keeps_a_share_of_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    assert kept_rows.memory_for_buffers(torch.device("cuda")) == 10
+    assert kept_rows.memory_for_buffers(torch.device("cpu")) == 2**30
