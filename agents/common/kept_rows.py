@@ -112,9 +112,7 @@ def _way(module: nn.Module) -> Hashable:
         return None
     if f"{kind.__module__}.{kind.__qualname__}" == LORA:
         layer: Any = module
-        merged = tuple(layer.merged_adapters)
-        if layer.lora_variant or (layer.disable_adapters and merged):
-            return None
+        adapters = (tuple(layer.active_adapters), tuple(layer.merged_adapters), tuple(layer.scaling.items()))
         cast = getattr(layer, "cast_input_dtype_enabled", True)
-        return kind, layer.disable_adapters, merged, tuple(layer.active_adapters), tuple(layer.scaling.items()), cast
+        return None if layer.lora_variant else (kind, layer.disable_adapters, *adapters, cast)
     return (kind, module.training) if kind.__module__.startswith(KNOWN) else None

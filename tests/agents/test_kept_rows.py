@@ -278,13 +278,32 @@ def test_adapters_may_be_switched_and_merged(tiny_model, tokenizer, captures, ki
     ):
         change()
         found += [captures.check(one, PROMPTS, 20, seed=0)[0].ids for one in (adapted, policy)]
-        for _ in range(3):  # in the first one the reference unmerges what is merged, and nothing is kept
+        for _ in range(3):  # in the first one the reference unmerges what is merged, and keeps nothing
             numbers = [captures.check(one, PROMPTS, 20, seed=0)[1] for one in (reference, adapted, policy)]
         assert numbers == [0, 0, 0], "what is left alone is kept"
     assert len({tuple(ids.flatten().tolist()) for ids in found}) >= 6, "the changes show"
     model.unload()
     captures.check(policy, PROMPTS, 30, seed=0)
     assert captures.check(policy, PROMPTS, 30, seed=0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+def test_what_else_decides_the_way_of_adapters(tiny_model, tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+    model = peft.get_peft_model(tiny_model("llama", len(tokenizer)), config).eval()
+    before = kept_rows.fingerprint(model)
+    assert before == kept_rows.fingerprint(model) is not None
+    model.train()
+    assert kept_rows.fingerprint(model) != before
+    model.eval()
+    assert kept_rows.fingerprint(model) == before
+    for module in model.modules():
+        module.cast_input_dtype_enabled = False
+    assert kept_rows.fingerprint(model) != before
+    layer = next(module for module in model.modules() if hasattr(module, "lora_variant"))
+    layer.lora_variant["default"] = object()
+    assert kept_rows.fingerprint(model) is None
 
 
 def test_steps_under_autocast_last_for_one_loop(policy, captures):
