@@ -19,9 +19,11 @@ class CapturedDecoder:
     """What `TrunkDecoder` is, where steps can be captured. Arguments and attributes are the same.
 
     Buffers and steps come from `backbone.kept_rows` and go back there when nobody holds this decoder any more, so that from the second
-    loop of like size on nothing is captured. The sizes are buckets. Of the columns, and of the rows that there is room for, a fifth is
-    unused at most: they are memory, and a step looks at all columns. The rows that a step runs have wider buckets, two for each doubling:
-    each is a capture, and below a quarter to a third of the rows moving the others costs more than it saves.
+    loop of like size on nothing is captured, but for numbers of rows that no loop has had for longer than a step.
+
+    The sizes are buckets. Of the columns, and of the rows that there is room for, a fifth is unused at most: they are memory, and a step
+    looks at all columns. The rows that a step runs have wider buckets, two for each doubling: each is a capture, and below a quarter to a
+    third of the rows moving the others costs more than it saves.
     """
 
     def __init__(
