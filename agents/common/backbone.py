@@ -191,13 +191,12 @@ class Backbone:
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
         """What the model runs in: the dtype of `autocast`, and without its adapter where it is to run without one."""
-        if self.autocast is None:
-            adapter: contextlib.AbstractContextManager[Any] = self.model.disable_adapter() if self.without_adapter else _NOTHING
-            return adapter
+        precision = mixed_precision(self.device.type, self.autocast)
+        if not self.without_adapter:
+            return precision
         context = contextlib.ExitStack()
-        if self.without_adapter:
-            context.enter_context(self.model.disable_adapter())
-        context.enter_context(torch.autocast(self.device.type, self.autocast))
+        context.enter_context(self.model.disable_adapter())
+        context.enter_context(precision)
         return context
 
     @torch.no_grad()
@@ -239,6 +238,11 @@ class _Rescaling:
 def _rescalings(config: Any) -> list[_Rescaling]:
     kinds = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     return [_Rescaling(kind, getattr(config, kind)) for kind in kinds if isinstance(getattr(config, kind, None), (int, float))]
+
+
+def mixed_precision(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """What a model runs in whose matrix products are to be of `dtype`; None: of the dtype of its weights."""
+    return _NOTHING if dtype is None else torch.autocast(device_type, dtype)
 
 
 def without_peft(model: nn.Module) -> PreTrainedModel:

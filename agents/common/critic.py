@@ -72,17 +72,23 @@ class Critic(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes a folder that `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        kind = "model" if isinstance(self.network, ValueModel) else "joint" if self.joint else "head"
-        (folder / KIND_FILE).write_text(json.dumps({"kind": kind}))
-        self.network.save(folder / (MODEL_FOLDER if kind == "model" else HEAD_FILE))
+        if isinstance(self.network, ValueModel):
+            autocast = self.network.autocast
+            about = {"kind": "model", "autocast": None if autocast is None else str(autocast).removeprefix("torch.")}
+            self.network.save(folder / MODEL_FOLDER)
+        else:
+            about = {"kind": "joint" if self.joint else "head"}
+            self.network.save(folder / HEAD_FILE)
+        (folder / KIND_FILE).write_text(json.dumps(about))
 
     @classmethod
     def load(cls, folder: Path, policy: CausalLMPolicy) -> "Critic":
         """Reads what `save` wrote."""
-        kind = json.loads((folder / KIND_FILE).read_text())["kind"]
-        if kind == "model":
-            return cls(ValueModel.load(folder / MODEL_FOLDER, device=policy.device))
-        return cls(ValueHead.load(folder / HEAD_FILE, device=policy.device), joint=kind == "joint")
+        about = json.loads((folder / KIND_FILE).read_text())
+        if about["kind"] == "model":
+            autocast = about.get("autocast")
+            return cls(ValueModel.load(folder / MODEL_FOLDER, policy.device, None if autocast is None else getattr(torch, autocast)))
+        return cls(ValueHead.load(folder / HEAD_FILE, device=policy.device), joint=about["kind"] == "joint")
 
 
 CriticSpec: TypeAlias = Literal["head", "joint", "separate"] | ValueModel | Critic

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.backbone import Backbone, mixed_precision
 from textgym.agents.common.layout import Rows, lay_out
 from textgym.agents.common.scoring import spread
 from textgym.agents.common.trunks import Trunk, find_trunk, run_trunk
@@ -63,12 +63,14 @@ class ValueModel(nn.Module):
     Args:
         trunk: a transformers decoder without a language-model head (`AutoModel`), from tokens to hidden states.
         head: from hidden states to values.
+        autocast: the dtype of the trunk's matrix products; None for that of its weights. One made from a policy has the policy's.
     """
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.autocast = autocast
         self.train(False)
         self._fast_trunk = find_trunk(trunk)
 
@@ -83,7 +85,7 @@ class ValueModel(nn.Module):
         backbone: Backbone = policy.backbone
         trunk = backbone.copy_trunk().requires_grad_(True)
         head = ValueHead(trunk.config.hidden_size, mlp_size).to(backbone.device)
-        return cls(trunk, head)
+        return cls(trunk, head, backbone.autocast)
 
     @classmethod
     def from_classifier(cls, model: "str | Path | PreTrainedModel | RewardModel", device: torch.device | str = "cpu") -> "ValueModel":
@@ -124,11 +126,12 @@ class ValueModel(nn.Module):
 
     def values_of(self, layout: Rows) -> Tensor:
         """Returns V(s_t), (B, T) float32, zero on padding, for a layout from `scoring.lay_out`."""
-        if self.fast_trunk is not None:
-            hidden = run_trunk(self.fast_trunk, layout)
-        else:
-            states = self.trunk(input_ids=layout.input_ids, attention_mask=None, use_cache=False).last_hidden_state
-            hidden = states[layout.rows, layout.columns]
+        with mixed_precision(layout.input_ids.device.type, self.autocast):
+            if self.fast_trunk is not None:
+                hidden = run_trunk(self.fast_trunk, layout)
+            else:
+                states = self.trunk(input_ids=layout.input_ids, attention_mask=None, use_cache=False).last_hidden_state
+                hidden = states[layout.rows, layout.columns]
         return spread(self.head(hidden).float(), layout.mask)
 
     def forward(self, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -149,8 +152,8 @@ class ValueModel(nn.Module):
         self.head.save(folder / HEAD_FILE)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "ValueModel":
-        """Reads what `save` wrote."""
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> "ValueModel":
+        """Reads what `save` wrote: weights, to be run as `autocast` says."""
         folder = Path(folder)
         trunk = AutoModel.from_pretrained(str(folder / TRUNK_FOLDER), local_files_only=True)
-        return cls(trunk, ValueHead.load(folder / HEAD_FILE)).to(device)
+        return cls(trunk, ValueHead.load(folder / HEAD_FILE), autocast).to(device)

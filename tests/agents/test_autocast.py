@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from textgym.agents import RLOO, CausalLMPolicy
+from textgym.agents.common.critic import Critic
 
 PROMPTS = ["abc", "hello there", "a", "the cat sat on the mat."]
 
@@ -63,6 +64,25 @@ def test_an_agent_learns_in_it(task, tmp_path):
     assert after > before + 0.3, start
     agent.save(tmp_path / "agent")
     assert RLOO.load(tmp_path / "agent", env=task.envs(96), device=task.device).policy.backbone.autocast == torch.bfloat16
+
+
+def test_a_critic_of_its_own_runs_in_it_too(policies, tmp_path):
+    full, mixed = policies
+    rows = rows_of(full.generate(PROMPTS, 20, seed=1, num_generations=4))
+    critic = Critic.build(mixed, "separate").network
+    torch.nn.init.normal_(critic.head.output.weight)
+    assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
+    values = critic(*rows)
+    assert values.dtype == torch.float32
+    values.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in critic.head.parameters())
+    Critic(critic).save(tmp_path)
+    assert torch.equal(Critic.load(tmp_path, full).network(*rows), values)
+    critic.autocast = None
+    difference = (critic(*rows) - values).abs()
+    assert 1e-5 < difference.max() < 0.3 * values.abs().max()
+    Critic(critic).save(tmp_path)
+    assert torch.equal(Critic.load(tmp_path, mixed).network(*rows), critic(*rows))
 
 
 def test_other_dtypes_are_refused(tiny_model, tokenizer):
