@@ -193,6 +193,15 @@ def test_layers_that_start_nothing_are_taken_through(make: Any, layer: Any) -> N
     same(pending.result(), textgym.step_sequence(plain, *episodes(0)))
 
 
+def test_a_step_sequence_of_the_object_itself_is_heard(make: Any) -> None:
+    envs = make()
+    calls, own = [], envs.step_sequence
+    envs.step_sequence = lambda *args: calls.append(args) or own(*args)
+    envs.reset(seed=0)
+    start_sequence(envs, *episodes(0)).result()
+    assert len(calls) == 1
+
+
 def test_plain_rewards_are_there_at_once(make: Any, words: Any) -> None:
     envs = gym.make_vec("TextGen-v0", num_envs=N, prompts=["w2"], tokenizer=words, reward=paid, max_new_tokens=T)
     envs.reset(seed=0)

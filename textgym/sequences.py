@@ -264,7 +264,7 @@ def _steps_whole_sequences(layer: Any) -> bool:
 
 def _starts_sequences(layer: Any) -> bool:
     """Does this layer start whole sequences, and mean its own `step_sequence` by it?"""
-    if not callable(getattr(type(layer), "start_sequence", None)):
+    if "step_sequence" in vars(layer) or not callable(getattr(type(layer), "start_sequence", None)):
         return False
     return issubclass(definer(type(layer), "start_sequence"), definer(type(layer), "step_sequence"))
 

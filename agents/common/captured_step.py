@@ -20,7 +20,8 @@ def capture_on_cuda(step: Step) -> Step | None:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # What other threads ask of the device, a reward's for one, is no part of it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         warnings.warn(f"Decode steps are launched one kernel at a time, since they could not be captured: {error}", stacklevel=2)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 if TYPE_CHECKING:
     from textgym.agents.common.captured_rows import CapturedRows
@@ -30,7 +31,7 @@ class KeptRows:
     many of them, and all go when the model is no longer what the steps were captured with. Copies and pickles are empty.
 
     Attributes:
-        failed: a step of this model could not be captured; there is no use in trying again.
+        failed: a step of this model could not be captured; it is not tried again before `clear`.
     """
 
     def __init__(self) -> None:
@@ -45,8 +46,9 @@ class KeptRows:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Lets all buffers go."""
+        """Lets all buffers go, and past failures with them."""
         self._kept.clear()
+        self.failed = False
 
     def take(self, model: Hashable, rows: int, columns: int) -> "CapturedRows | None":
         """Returns buffers of `columns` columns with room for `rows`, if there are any.
@@ -95,6 +97,8 @@ def fingerprint(model: nn.Module) -> Hashable:
     moves or replaces them is. It also goes on in the way that Python's code took: so only modules are trusted of which it is known what
     decides that, without hooks. Autocast computes with copies of the weights that it throws away: captures under it last for one loop.
     """
+    if _has_any_global_hook():
+        return None
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if any(torch.is_autocast_enabled(device) for device in {tensor.device.type for _, tensor in tensors}):
         return None
@@ -110,9 +114,10 @@ def _way(module: nn.Module) -> Hashable:
     kind = type(module)
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return None
+    numbers = tuple((name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str))
     if f"{kind.__module__}.{kind.__qualname__}" == LORA:
         layer: Any = module
         adapters = (tuple(layer.active_adapters), tuple(layer.merged_adapters), tuple(layer.scaling.items()))
         cast = getattr(layer, "cast_input_dtype_enabled", True)
         return None if layer.lora_variant else (kind, layer.disable_adapters, *adapters, cast)
-    return (kind, module.training) if kind.__module__.startswith(KNOWN) else None
+    return (kind, numbers) if kind.__module__.startswith(KNOWN) else None

@@ -58,7 +58,7 @@ def test_what_cannot_be_captured_on_cuda_is_named(monkeypatch):
             return False
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Broken())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: Broken())
     with pytest.warns(UserWarning, match="could not be captured: operation not permitted"):
         assert captured_step.capture_on_cuda(lambda: None) is None
 

@@ -181,8 +181,16 @@ def replace_an_activation(policy):
                 setattr(module, name, torch.nn.Tanh())
 
 
+def change_a_number(policy):
+    for module in policy.model.modules():
+        for name in ("eps", "variance_epsilon"):
+            if hasattr(module, name):
+                setattr(module, name, 10.0)
+
+
 @pytest.mark.parametrize(
-    "change", [lambda policy: policy.model.to(torch.float64), assign, replace_data, replace_one_module, replace_an_activation]
+    "change",
+    [lambda policy: policy.model.to(torch.float64), assign, replace_data, replace_one_module, replace_an_activation, change_a_number],
 )
 def test_other_parameters_and_modules_are_captured_anew(policy, captures, change):
     captures.check(policy, PROMPTS, 30, seed=0)
@@ -222,6 +230,22 @@ def test_what_python_decides_is_not_kept(policy, change):
     assert kept_rows.fingerprint(policy.model) == kept_rows.fingerprint(policy.model) is not None
     change(policy.model)
     assert kept_rows.fingerprint(policy.model) is None
+
+
+def test_hooks_on_all_modules_are_hooks_too(policy):
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert kept_rows.fingerprint(policy.model) is None
+    finally:
+        hook.remove()
+    assert kept_rows.fingerprint(policy.model) is not None
+
+
+def test_a_failure_is_remembered_until_all_is_cleared():
+    kept = kept_rows.KeptRows()
+    kept.failed = True
+    kept.clear()
+    assert not kept.failed
 
 
 def test_a_hook_is_a_part_of_the_model(policy, captures):

@@ -154,3 +154,21 @@ def test_dense_rewards_may_be_async(make_batch):
 
     totals, _ = RewardSet.build([tokens, segment]).dense_sequence(make_batch("ab"), np.array([True]))
     np.testing.assert_array_equal(totals[0], [1, 1, 11])
+
+
+def test_what_calls_log_stays_in_their_order(make_batch):
+    """Whoever answers first logs first; the columns are those of the calls all the same."""
+
+    async def judge(completions, log_extra, log_metric):
+        await asyncio.sleep(0.02 if completions[0] == "slow" else 0)
+        log_extra("text", completions)
+        log_metric("length", len(completions[0]))
+        return [1.0]
+
+    rewards = RewardSet.build(judge)
+    under_way = [rewards.start_terminal(make_batch(text)) for text in ("slow", "fast", "given up")]
+    under_way.pop().cancel()
+    for pending in under_way:
+        pending.result()
+    metrics, extra = rewards.drain_logs()
+    assert extra == {"text": ["slow", "fast"]} and metrics == {"length": 4.0}

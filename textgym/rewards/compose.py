@@ -70,6 +70,13 @@ class _Logs:
         """TRL's `log_metric`: one number per call, averaged."""
         self.metrics[name].append(float(value))
 
+    def take_in(self, other: "_Logs") -> None:
+        """Adds what another one holds."""
+        for name, values in other.extra.items():
+            self.extra[name].extend(values)
+        for name, numbers in other.metrics.items():
+            self.metrics[name].extend(numbers)
+
 
 def _bounded() -> deque[Any]:
     return deque(maxlen=_KEPT_LOGS)
@@ -303,10 +310,14 @@ class RewardSet:
     def _start(self, requests: list[_Request]) -> Pending[list[Any]]:
         """Calls each part with its batch; async ones start at once and run beside the others."""
         results: list[Any] = []
+        logs = [_Logs() for _ in requests]  # taken in with the answers, in their order, whoever logs first
 
         def answers() -> list[Any]:
             called = zip(results, requests, strict=True)
-            return [_noting(result.result, *asked[:2]) if isinstance(result, Future) else result for result, asked in called]
+            found = [_noting(result.result, *asked[:2]) if isinstance(result, Future) else result for result, asked in called]
+            for own in logs:
+                self._logs.take_in(own)
+            return found
 
         def cancel() -> None:
             for result in results:
@@ -314,14 +325,14 @@ class RewardSet:
                     result.cancel()
 
         with Pending(answers, cancel) as pending:
-            for part, batch, further in requests:
-                result = self._call_part(part, batch, further)
+            for (part, batch, further), own in zip(requests, logs, strict=True):
+                result = self._call_part(part, batch, further, own)
                 results.append(event_loop.start(result) if isawaitable(result) else result)
-        return pending if any(isinstance(result, Future) for result in results) else Pending.of(results)
+        return pending if any(isinstance(result, Future) for result in results) else Pending.of(pending.result())
 
-    def _call_part(self, part: _Part, batch: EpisodeBatch, further: dict[str, list[Any]]) -> Any:
-        logs = {"trainer_state": self.trainer_state, "log_extra": self._logs.log_extra, "log_metric": self._logs.log_metric}
-        arguments = part.parameters.select(Arguments(batch, {**further, **logs}), part.name)
+    def _call_part(self, part: _Part, batch: EpisodeBatch, further: dict[str, list[Any]], logs: _Logs) -> Any:
+        own = {"trainer_state": self.trainer_state, "log_extra": logs.log_extra, "log_metric": logs.log_metric}
+        arguments = part.parameters.select(Arguments(batch, {**further, **own}), part.name)
         part.calls += 1
         part.rows += len(batch)
         return _noting(partial(part.function, **arguments), part, batch)

@@ -54,7 +54,7 @@ def token_level(function: F) -> F:
 
     The mark is put on the function itself, which is returned.
     """
-    return _mark(function, TokenLevel())
+    return marked(function, TokenLevel())
 
 
 def segment_level(segmenter: str | Segmenter, *, at_end: bool = False) -> Callable[[F], F]:
@@ -72,10 +72,11 @@ def segment_level(segmenter: str | Segmenter, *, at_end: bool = False) -> Callab
         at_end: pay the scores of all segments together at the completion's last token: the same reward without the credit.
     """
     kind = SegmentLevel(find_segmenter(segmenter), at_end)
-    return lambda function: _mark(function, kind)
+    return lambda function: marked(function, kind)
 
 
-def _mark(function: F, kind: DenseKind) -> F:
+def marked(function: F, kind: DenseKind) -> F:
+    """Returns a function with a mark (a bound method: a partial of it)."""
     if not callable(function):
         raise ValueError(f"a dense reward must be a function, got {type(function).__name__} {function!r}.")
     try:

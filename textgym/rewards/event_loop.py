@@ -20,13 +20,25 @@ def _background_loop() -> asyncio.AbstractEventLoop:
         loop = _loops.get(os.getpid())
         if loop is None:
             loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="textgym-async-rewards", daemon=True).start()
+            threading.Thread(target=_run, args=(loop,), name="textgym-async-rewards", daemon=True).start()
             _loops[os.getpid()] = loop
         return loop
 
 
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs as long as the process: a task that ends with one of these takes the loop down with it, and others wait for it."""
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue
+
+
 async def _await(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:  # nobody would hear of them, and who waits would wait for ever
+        raise RuntimeError(f"the reward raised {error!r}") from error
 
 
 def start(awaitable: Awaitable[Any]) -> "Future[Any]":
