@@ -5,7 +5,7 @@
 and without being counted by anything that stands on them (`textgym.row_holding`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from textgym.pending import Pending
-from textgym.plans import checked_plan, prime_stack
+from textgym.plans import Plan, checked_plan, prime_stack
 from textgym.row_holding import row_holder
 from textgym.stacks import definer, vector_layers
 from textgym.types import BoolArray, FloatArray, Info, IntArray, Observation, SequenceResult
@@ -54,9 +54,8 @@ def step_sequence(envs: Any, actions: npt.ArrayLike, lengths: npt.ArrayLike, log
     plan = checked_plan(envs, actions, lengths, log_probs)
     if not one_pass(envs):
         return walk_through(envs, *plan)
-    if isinstance(envs, VectorWrapper):
-        return envs.step_sequence(*plan)  # type: ignore[attr-defined, no-any-return]
-    return envs.step_sequence(plan.actions, plan.lengths)  # type: ignore[no-any-return]
+    result: SequenceResult = _handed_over(envs.step_sequence, envs, plan)
+    return result
 
 
 def start_sequence(
@@ -81,9 +80,7 @@ def start_sequence(
     envs = as_vector_env(envs)
     if not (one_pass(envs) and _starts_sequences(envs)):
         return Pending.of(step_sequence(envs, actions, lengths, log_probs))
-    plan = checked_plan(envs, actions, lengths, log_probs)
-    arguments = plan if isinstance(envs, VectorWrapper) else plan[:2]
-    started: Pending[SequenceResult] = envs.start_sequence(*arguments)
+    started: Pending[SequenceResult] = _handed_over(envs.start_sequence, envs, checked_plan(envs, actions, lengths, log_probs))
     return started
 
 
@@ -252,6 +249,11 @@ def hold_below(envs: Any, mask: BoolArray | None) -> None:
         if callable(hold := getattr(layer, "hold_rows", None)):
             hold(mask)
             return
+
+
+def _handed_over(method: Callable[..., Any], layer: Any, plan: Plan) -> Any:
+    """Calls a layer's method for whole sequences; wrappers alone are told log-probabilities."""
+    return method(*(plan if isinstance(layer, VectorWrapper) else plan[:2]))
 
 
 def _steps_whole_sequences(layer: Any) -> bool:

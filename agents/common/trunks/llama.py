@@ -95,6 +95,7 @@ class _MergedLlamaTrunk(LlamaTrunk):
         super().__init__(trunk.model)
         self._rotations = trunk._rotations
         self._angles: Tensor | None = None
+        self._last_norm = _quick_norm(self.model.norm)
 
     def layers(self) -> list[Any]:
         """See `Trunk`."""
@@ -114,7 +115,7 @@ class _MergedLlamaTrunk(LlamaTrunk):
 
     def finish(self, states: Tensor) -> Tensor:
         """See `Trunk`."""
-        return _quick_norm(self.model.norm)(states)
+        return self._last_norm(states)
 
 
 def _norm(module: Any) -> Part:
