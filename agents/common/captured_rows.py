@@ -7,7 +7,7 @@ from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.buckets import bucket
-from textgym.agents.common.captured_step import RepeatedStep
+from textgym.agents.common.captured_step import RepeatedStep, Step, same_numbers
 from textgym.agents.common.prefill import Prefilled
 from textgym.agents.common.trunks import Trunk, additive
 from textgym.agents.common.trunks.rows_attention import attention
@@ -124,9 +124,25 @@ class CapturedRows:
             step()
         else:
             repeated = self._steps.setdefault(size, RepeatedStep(tokens.device))
-            repeated(step)
+            repeated(step, partial(self._agree, size))
             backbone.kept_rows.failed = repeated.failed
         self.filled += 1
+
+    def _agree(self, size: int, replay: Step, step: Step) -> bool:
+        """Takes a step both ways from where the rows stand; see `RepeatedStep`."""
+        column = self.filled
+        read = (self._positions, self._column, self._bias[..., column])
+        written = (self._logits[:size], self._table[:, :, :size, :, column], self._positions, self._column)
+        before = [tensor.clone() for tensor in read]
+        step()
+        expected = [tensor.clone() for tensor in written]
+        # The replay must write all of it anew: what the step has left would hide that it does not.
+        for tensor in written:
+            tensor.zero_()
+        for tensor, value in zip(read, before, strict=True):
+            tensor.copy_(value)
+        replay()
+        return all(same_numbers(tensor, value) for tensor, value in zip(written, expected, strict=True))
 
     def _run(self, backbone: Backbone, size: int) -> None:
         """What is captured: nothing of the host's may change from one step to the next."""

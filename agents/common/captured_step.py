@@ -6,6 +6,24 @@ from collections.abc import Callable
 import torch
 
 Step = Callable[[], None]
+Agreement = Callable[[Step, Step], bool]
+
+# Replays of a fresh capture that are compared with the step itself: the one of the step that was captured, and the one after it, since a
+# number of the host's that the capture has frozen is still right in the first.
+CHECKED_REPLAYS = 2
+
+
+def same_numbers(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results of a step are the same but for rounding: to 1e-3 of the largest number, in half precision to 8 units of it.
+
+    Kernels may be chosen anew for a capture, and round otherwise. What a capture gets wrong, such as a column that stays where it was, is
+    off by a multiple of that.
+    """
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    scale = float(expected.nan_to_num(posinf=0.0, neginf=0.0).abs().amax())
+    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
 def capture_on_cuda(step: Step) -> Step | None:
@@ -33,8 +51,14 @@ CAPTURES: dict[str, Callable[[Step], Step | None]] = {"cuda": capture_on_cuda}
 """How steps are captured, by the type of device; on others every step is run anew."""
 
 
+class WrongReplayError(RuntimeError):
+    """A captured step came to other numbers than the step itself. Whatever it has written to is spoilt."""
+
+
 class RepeatedStep:
     """A step that is run as it is the first time, captured the second time, and replayed from then on.
+
+    No replay is trusted unchecked: the first `CHECKED_REPLAYS` are compared with the step run as it is.
 
     Args:
         device: where it runs; of a type that `CAPTURES` has.
@@ -47,12 +71,28 @@ class RepeatedStep:
         self._capture = CAPTURES[device.type]
         self._replay: Step | None = None
         self._warm = False
+        self._unchecked = CHECKED_REPLAYS
         self.failed = False
 
-    def __call__(self, step: Step) -> None:
-        """Takes the step; after its capture `step`, which must be the same each time, is not called."""
+    def __call__(self, step: Step, agree: Agreement) -> None:
+        """Takes the step.
+
+        Args:
+            step: the same each time; after its capture and the checks it is not called.
+            agree: takes the step both ways from the same state, by a replay and as it is, and says whether both come to the same.
+
+        Raises:
+            WrongReplayError: they do not.
+        """
         if self._replay is None and self._warm and not self.failed:
             self._replay = self._capture(step)
             self.failed = self._replay is None
         self._warm = True
-        (self._replay or step)()
+        if self._replay is None:
+            step()
+        elif self._unchecked:
+            self._unchecked -= 1
+            if not agree(self._replay, step):
+                raise WrongReplayError("A captured decode step came to other numbers than the step itself.")
+        else:
+            self._replay()

@@ -3,11 +3,14 @@
 Row for row and token for token the numbers that come out are those of `textgym.agents.common.scoring` on the same ids.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.captured_decoder import CapturedDecoder
+from textgym.agents.common.captured_step import WrongReplayError
 from textgym.agents.common.decoders import Decoder, make_decoder
 from textgym.agents.common.generation import DecodeOptions, Generation, without_filler
 from textgym.agents.common.sampling import (
@@ -51,6 +54,24 @@ def decode(
     Returns:
         B * `num_generations` rows.
     """
+    random_state = generator.get_state()
+    try:
+        return _decode(backbone, prompt_ids, prompt_lengths, options, generator, to_texts)
+    except WrongReplayError as error:
+        warnings.warn(f"{error} Completions are sampled again, and decode steps launched one kernel at a time from now on.", stacklevel=2)
+        backbone.kept_rows.failed = True
+    generator.set_state(random_state)
+    return _decode(backbone, prompt_ids, prompt_lengths, options, generator, to_texts)
+
+
+def _decode(
+    backbone: Backbone,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    options: DecodeOptions,
+    generator: torch.Generator,
+    to_texts: Decode,
+) -> Generation:
     backbone.without_dropout()
     # Inference mode spares every operation some bookkeeping. Models that this package does not run itself, and masks of others', may not
     # expect it.

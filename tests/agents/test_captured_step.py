@@ -75,6 +75,50 @@ def test_what_cannot_be_captured_is_run_and_not_tried_again(tiny_model, tokenize
     assert len(tried) == 1
 
 
+@pytest.mark.parametrize("mistake", ["frozen column", "stale logits", "half the rows", "not finite", "keys not written"])
+def test_a_replay_that_differs_is_not_used(tiny_model, tokenizer, monkeypatch, mistake):
+    """Each capture is compared with the step itself; one warning, and the numbers are right all the same."""
+    policy = CausalLMPolicy(tiny_model("llama", len(tokenizer)), tokenizer, device="cpu")
+    arguments = {"seed": 0, "num_generations": 2}
+    expected = policy.generate(PROMPTS, 40, **arguments)
+
+    def capture(step):
+        buffers, size = step.func.__self__, step.args[-1]
+        column = buffers._column.clone()
+
+        def replay():
+            logits = buffers._logits[:size].clone()
+            if mistake == "frozen column":
+                buffers._column.copy_(column)
+            step()
+            if mistake == "stale logits":
+                buffers._logits[:size] = logits
+            elif mistake == "half the rows":
+                buffers._logits[size // 2 : size] = 0
+            elif mistake == "not finite":
+                buffers._logits[0, 0] = torch.nan
+            elif mistake == "keys not written":
+                buffers._table[:, :, :size, :, buffers.filled] = 0
+
+        return replay
+
+    monkeypatch.setitem(captured_step.CAPTURES, "cpu", capture)
+    with pytest.warns(UserWarning, match="came to other numbers than the step itself") as caught:
+        found = [policy.generate(PROMPTS, 40, **arguments) for _ in range(2)]
+    assert len(caught) == 1, "it is not tried again"
+    for one in found:
+        assert torch.equal(one.ids, expected.ids)
+        torch.testing.assert_close(one.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+
+
+def test_rounding_is_no_difference():
+    numbers = torch.tensor([10.0, -3.0, torch.nan])
+    assert captured_step.same_numbers(numbers + 1e-3, numbers)
+    assert not captured_step.same_numbers(numbers + 2e-2, numbers)
+    assert captured_step.same_numbers(numbers.bfloat16() + 0.1, numbers.bfloat16())
+    assert not captured_step.same_numbers(torch.tensor([3]), torch.tensor([4]))
+
+
 def test_late_answers_and_replayed_steps(model, tokenizer, captures, monkeypatch):
     """A row that has ended stays in the batch while younger ones go on, beyond the last position that there is."""
     monkeypatch.setattr(decode_loop, "ENDED_WORTH_DROPPING", 0.9)
