@@ -23,6 +23,7 @@ from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_token
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.token_mask import TokenMask
 from textgym.agents.engines import CachedEngine, GenerationEngine
+from textgym.alignment import aligned
 from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
 
 Array = npt.NDArray[Any]
@@ -94,7 +95,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.mask: TokenMask | None = None
         if getattr(model, "hf_device_map", None) is None:
             model.to(get_device(device))
-        self.model: Any = model
+        self.model: Any = aligned(model)
         self.backbone = Backbone(model, self.vocab_size, autocast=_half_dtype(autocast))
         self._acting = ActingState()
         self._generator: torch.Generator | None = None

@@ -26,6 +26,7 @@ from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.pieces import Piece
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
+from textgym.alignment import aligned
 from textgym.prompts import PromptText
 from textgym.rewards.classifier import PER_TOKEN, ClassifierReward, head_scores, hidden_states, longest_text, right_padded
 from textgym.rewards.dense import token_level
@@ -94,7 +95,7 @@ class RewardModel:
     ) -> None:
         check_score_head(model)
         check_count("batch_size", batch_size, "texts")
-        self.model: Any = model.to(get_device(device)).eval()
+        self.model: Any = aligned(model.to(get_device(device))).eval()
         self.tokenizer = with_own_pad_token(model, tokenizer)
         self.per_token = bool(getattr(model.config, PER_TOKEN, False)) if per_token is None else per_token
         self.num_outputs = int(model.config.num_labels)

@@ -17,6 +17,7 @@ LAYERS = [
     ("textgym.types", 0),
     ("textgym.errors", 0),
     ("textgym.pending", 0),
+    ("textgym.alignment", 0),
     ("textgym.tokenizers", 1),
     ("textgym.prompts", 1),
     ("textgym.rewards", 1),

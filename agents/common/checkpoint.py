@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from textgym.agents.common.critic import Critic
 from textgym.agents.common.schedules import schedule_from_json, schedule_to_json
 from textgym.agents.policy import CausalLMPolicy
+from textgym.alignment import load_tensors
 from textgym.kl import AdaptiveKLController
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ def _read(cls: type[Any], path: Path) -> dict[str, Any]:
 
 def _restore(agent: "Agent", path: Path, document: dict[str, Any]) -> None:
     state = document["state"]
-    agent.optimizer.load_state_dict(_join_tensors(load_file(path / "optimizer.safetensors"), document["optimizer"]))
-    agent.sampling_generator.set_state(load_file(path / "generator.safetensors")["sampling"])
+    agent.optimizer.load_state_dict(_join_tensors(load_tensors(path / "optimizer.safetensors"), document["optimizer"]))
+    agent.sampling_generator.set_state(load_tensors(path / "generator.safetensors")["sampling"])
     agent.num_timesteps, agent._n_updates = state["num_timesteps"], state["n_updates"]
     agent._total_timesteps, agent._current_progress_remaining = state["total_timesteps"], state["progress_remaining"]
     agent.restore_episode_statistics(state["episodes"])
@@ -189,4 +190,4 @@ def _restore(agent: "Agent", path: Path, document: dict[str, Any]) -> None:
         agent.evaluation.load_state_dict(state["evaluation"])
     agent.load_extra_state(state["extra"])
     if (path / EXTRA_FILE).exists():
-        agent.load_extra_tensors(load_file(path / EXTRA_FILE, device=str(agent.policy.device)))
+        agent.load_extra_tensors(load_tensors(path / EXTRA_FILE, device=str(agent.policy.device)))

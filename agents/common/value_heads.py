@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -14,6 +14,7 @@ from textgym.agents.common.layout import Rows, lay_out
 from textgym.agents.common.scoring import spread
 from textgym.agents.common.trunks import Trunk, find_trunk, run_trunk
 from textgym.agents.reward_model import RewardModel
+from textgym.alignment import aligned, load_tensors
 from textgym.rewards.classifier import OFFSET
 
 HEAD_FILE = "value_head.safetensors"
@@ -49,7 +50,7 @@ class ValueHead(nn.Module):
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "ValueHead":
         """Reads what `save` wrote; the sizes come from the tensors."""
-        state = load_file(path)
+        state = load_tensors(path)
         inner = state.get("body.0.weight")
         hidden_size = state["output.weight"].shape[1] if inner is None else inner.shape[1]
         head = cls(hidden_size, None if inner is None else inner.shape[0])
@@ -68,8 +69,8 @@ class ValueModel(nn.Module):
 
     def __init__(self, trunk: PreTrainedModel, head: ValueHead, autocast: torch.dtype | None = None) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.head = head
+        self.trunk = aligned(trunk)
+        self.head = aligned(head)
         self.autocast = autocast
         self.train(False)
         self._fast_trunk = find_trunk(trunk)

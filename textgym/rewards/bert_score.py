@@ -8,6 +8,7 @@ of models.
 import os
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from textgym.alignment import aligned
 from textgym.rewards.classifier import without_progress_bars
 from textgym.rewards.references import ReferenceReward
 
@@ -111,7 +112,7 @@ class BertScoreReward(ReferenceReward):
         layers = self._model.config.num_hidden_layers
         if not -layers - 1 <= self.layer <= layers:
             raise ValueError(f"`layer` must be from {-layers - 1} to {layers}, the layers of this encoder, got {self.layer}.")
-        self._model.eval()
+        aligned(self._model).eval()
         self._tokenizer = tokenizer
         positions = getattr(self._model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         self._limit = self.max_length or int(min(tokenizer.model_max_length, positions, 1e9))

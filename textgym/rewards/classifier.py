@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from textgym.alignment import aligned
 from textgym.errors import RewardError
 from textgym.rewards.episodes import Prompt, as_completion, excerpt
 
@@ -150,6 +151,7 @@ class ClassifierReward:
             self._model = model.to(device)
         elif self.device != "auto":
             self._model = self._model.to(self.device)
+        self._model = aligned(self._model)
         self._tokenizer = self._load_tokenizer()
         self._label = _label_index(self._model.config.num_labels, self._model.config.label2id, self.label, self.__name__)
         self._limit = self.max_length or longest_text(self._model.config, self._tokenizer)
