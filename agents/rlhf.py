@@ -99,7 +99,7 @@ class LatestReward:
     def __init__(self) -> None:
         self.model: RewardModel | None = None
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Returns one reward per completion."""
         assert self.model is not None  # `RLHF.run` fits one before it samples
         rewards: list[float] = self.model(prompts=prompts, completions=completions)

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from textgym.rewards.calling import read_parameters
 from textgym.rewards.dense import dense_kind, marked
 from textgym.rewards.resolve import loaded_reward, resolve_reward
 
@@ -34,7 +35,7 @@ class InBackground:
         self.__name__ = name
         if (kind := dense_kind(function)) is not None:
             marked(self, kind)
-        self._function = function
+        self._function, self._parameters = function, read_parameters(function, name)
         self._executor: ThreadPoolExecutor | None = None
         self._process = 0
 
@@ -45,7 +46,7 @@ class InBackground:
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self._function(**arguments)
+            return self._function(**self._parameters.select(arguments, self.__name__))
         except (StopIteration, SystemExit, KeyboardInterrupt) as error:  # asyncio cannot hand these on, and would wait for ever
             raise RuntimeError(f"the reward raised {error!r}") from error
 

@@ -77,6 +77,18 @@ def _missing_column(name: str, wanted: str, available: Mapping[str, Any]) -> str
     )
 
 
+class NamedReward:
+    """Base of rewards that are objects: the name they go by in `info`, in logs and in TRL is that of their class until it is set."""
+
+    @property
+    def __name__(self) -> str:
+        return str(self.__dict__.get("__name__", type(self).__name__))
+
+    @__name__.setter
+    def __name__(self, name: str) -> None:
+        self.__dict__["__name__"] = name
+
+
 def read_parameters(function: RewardFunction, name: str) -> Parameters:
     """Reads the parameters of a reward function; one that is positional-only cannot be given by keyword: a `ValueError`."""
     try:

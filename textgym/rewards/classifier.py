@@ -117,8 +117,8 @@ class ClassifierReward:
         self._load()
         return self._tokenizer
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[float]:
-        """Returns one logit per row."""
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float]:
+        """Returns one logit per row; other columns are not looked at."""
         import torch
 
         self._load()

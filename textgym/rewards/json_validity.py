@@ -6,11 +6,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from textgym.rewards.calling import NamedReward
 from textgym.rewards.episodes import Prompt, completion_text
 from textgym.rewards.references import require_package
 
 
-class JsonReward:
+class JsonReward(NamedReward):
     """Rewards completions that are valid JSON (RFC 8259): `NaN` and `Infinity`, which Python would read, are not.
 
     Args:
@@ -39,7 +40,7 @@ class JsonReward:
         self.required, self.valid, self.invalid, self.fenced = tuple(required), float(valid), float(invalid), fenced
         self._validator = None if schema is None else _validator(schema)
 
-    def __call__(self, completions: Sequence[Prompt]) -> list[float]:
+    def __call__(self, completions: Sequence[Prompt], **columns: Any) -> list[float]:
         """Returns `valid` or `invalid` for each completion."""
         return [self.valid if self._holds(completion_text(completion).strip()) else self.invalid for completion in completions]
 

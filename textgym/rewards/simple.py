@@ -12,12 +12,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from textgym.rewards.calling import NamedReward
 from textgym.rewards.episodes import Prompt, completion_text
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
-class LengthReward:
+class LengthReward(NamedReward):
     """Rewards completions near a target length: 1 at the target, falling linearly to 0 at a distance of `width` and beyond.
 
         R = max(0, 1 - |n - target| / width)        without a target: R = n
@@ -42,7 +43,7 @@ class LengthReward:
         self.target, self.unit = target, unit
         self.width = max(target or 0.0, 1.0) if width is None else width
 
-    def __call__(self, completions: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> list[float]:
+    def __call__(self, completions: Sequence[Prompt], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         """Returns one reward per completion: from 0 to 1, without a target its length."""
         if self.unit == "tokens":
             lengths = [len(ids) for ids in completion_ids]
@@ -55,7 +56,7 @@ class LengthReward:
         return [max(0.0, 1.0 - abs(length - self.target) / self.width) for length in lengths]
 
 
-class RegexReward:
+class RegexReward(NamedReward):
     r"""Rewards completions in which a pattern is found.
 
     Args:
@@ -72,12 +73,12 @@ class RegexReward:
             raise ValueError(f"`pattern` must be a regular expression, got {pattern!r}: {error}.") from error
         self.found, self.missing = float(found), float(missing)
 
-    def __call__(self, completions: Sequence[Prompt]) -> list[float]:
+    def __call__(self, completions: Sequence[Prompt], **columns: Any) -> list[float]:
         """Returns `found` or `missing` for each completion."""
         return [self.found if self.pattern.search(completion_text(completion)) else self.missing for completion in completions]
 
 
-class ExactMatchReward:
+class ExactMatchReward(NamedReward):
     """Rewards completions that equal the answer in a column of the prompt data: 1 where they do, 0 where not.
 
     White space at both ends is ignored. A row whose answer is None is not scored (None).
@@ -109,7 +110,7 @@ class ExactMatchReward:
         return {self._normal(one) for one in answers}
 
 
-class RepetitionPenalty:
+class RepetitionPenalty(NamedReward):
     """Penalises n-grams of words that occur again: the definition of TRL's `get_repetition_penalty_reward`.
 
         R = max_penalty · (1 - distinct n-grams / n-grams)
@@ -128,7 +129,7 @@ class RepetitionPenalty:
             raise ValueError(f"`max_penalty` must be at most 0, got {max_penalty}.")
         self.ngram_size, self.max_penalty = ngram_size, max_penalty
 
-    def __call__(self, completions: Sequence[Prompt]) -> list[float]:
+    def __call__(self, completions: Sequence[Prompt], **columns: Any) -> list[float]:
         """Returns one penalty per completion, between `max_penalty` and 0."""
         return [self._penalty(completion_text(completion).lower().split()) for completion in completions]
 
@@ -137,7 +138,7 @@ class RepetitionPenalty:
         return self.max_penalty * (1.0 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0
 
 
-class LexiconReward:
+class LexiconReward(NamedReward):
     """Sentiment by a list of words with valences, such as that of VADER (Hutto & Gilbert 2014).
 
     The valences v of the words of the completion that are in the list are added up; words that are not count nothing:
@@ -179,7 +180,7 @@ class LexiconReward:
             raise ValueError(f"{path} holds no words.")
         return cls(valences, normalise=normalise)
 
-    def __call__(self, completions: Sequence[Prompt]) -> list[float]:
+    def __call__(self, completions: Sequence[Prompt], **columns: Any) -> list[float]:
         """Returns one score per completion."""
         return [self._score(completion_text(completion)) for completion in completions]
 
