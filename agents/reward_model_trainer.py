@@ -10,6 +10,8 @@
 Against DPO, which learns from the same comparisons, the reward is a model of its own: it can score what no policy has been trained on.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 
 import numpy as np
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_choice, check_count, check_number
-from textgym.agents.common.feedback_sets import FeedbackBatch, FeedbackSet, Group, read_entry
+from textgym.agents.common.feedback_sets import Entry, FeedbackBatch, FeedbackSet, Group, LeftOut, read_entry
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.preference_losses import weighted_mean
+from textgym.agents.common.progress import counting_bar
 from textgym.agents.common.reward_losses import (
     centering_penalty,
     classifier_loss,
@@ -35,6 +38,7 @@ from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, MicroBatchSh
 from textgym.agents.reward_model import RewardModel
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
 from textgym.feedback.reading import read_feedback
+from textgym.feedback.records import Comment
 from textgym.rewards.segmenters import Segmenter, find_segmenter
 
 RankingLoss: TypeAlias = Literal["plackett_luce", "pairwise"]
@@ -51,7 +55,8 @@ class RewardModelTrainer(OfflineLearner):
         reward_model: the `RewardModel` to train, in place. Labels train a model with one output as a Bernoulli's logit, one with two as a
             classifier. Markings need one output per category, of its name; segments a per-token model.
         feedback: a list of records of `textgym.feedback` or of dicts, the path of a .jsonl or .jsonl.gz file, a `datasets.Dataset`, or what
-            `read_feedback` returned. None where `connect` gives it later.
+            `read_feedback` returned. None where `connect` gives it later. Comments, and records whose answers are all the same tokens, are
+            left out; `examples.left_out` counts them.
         learning_rate: a number or an SB3 schedule of the progress remaining, 1 at the first step.
         n_epochs: passes over the feedback. One is usual: with more, reward models learn their comparisons by heart.
         batch_size: records per optimiser step, at most.
@@ -60,7 +65,8 @@ class RewardModelTrainer(OfflineLearner):
         center_coef: c of the penalty (r_a + r_b)² that keeps rewards near zero (Eisenstein et al. 2023); 0 for none, TRL's usual is 0.01.
         margin_scale: how much the records' margins count: Bradley–Terry of Δ − `margin_scale` · margin; 0 ignores them.
         segmenter: where the segments of markings end: "sub_sentence", "sentence", "whole" or a function, as of `segment_level`.
-        max_tokens: records with a longer text, prompt included, are left out; None takes all, and one too long for the model is an error.
+        max_tokens: records with a longer text, prompt included, are left out and counted; None takes all, and one too long for the model
+            is an error.
         **options: see `CommonOptions`; `evaluation` is a `HeldOut` here.
 
     Raises:
@@ -108,32 +114,70 @@ class RewardModelTrainer(OfflineLearner):
 
     # -- feedback ---------------------------------------------------------------------------------------------------
 
+    def connect(self, source: Any) -> None:
+        """Takes feedback; see `OfflineLearner.connect`. Feedback of nothing but ties is warned of: it teaches that all is equally good."""
+        super().connect(source)
+        assert self.examples is not None
+        if all(entry.is_tie for entry in self.examples.entries):
+            warnings.warn(
+                f"`feedback` holds {len(self.examples)} records, all of them ties: from these a reward model learns that answers are "
+                "equally good, and nothing else.",
+                stacklevel=2,
+            )
+
     def read(self, source: Any) -> FeedbackSet:
         """Reads and tokenises feedback, as in the constructor."""
         records = read_feedback(source).records
-        segmenter = find_segmenter(self.segmenter)
-        entries = []
+        entries = self._entries(records)
+        different = [number for number, entry in entries.items() if not entry.same_answers]
+        if not different:
+            raise ValueError(
+                f"`feedback` must compare answers that differ, but those of each of its {len(entries)} records are the same tokens for "
+                "this model's tokenizer: nothing can be learned from them."
+            )
+        kept = [number for number in different if self.max_tokens is None or entries[number].longest <= self.max_tokens]
+        if not kept:
+            shortest = min(entries[number].longest for number in different)
+            raise ValueError(
+                f"`max_tokens` must be at least {shortest} to leave one of these {len(different)} records of `feedback`, got "
+                f"{self.max_tokens}: the longest text of each, prompt included, is longer."
+            )
+        self._check(entries, kept)
+        left_out = LeftOut(len(different) - len(kept), len(entries) - len(different), len(records) - len(entries))
+        return FeedbackSet([entries[number] for number in kept], self.policy.num_outputs, left_out)
+
+    def _entries(self, records: list[Any]) -> dict[int, Entry]:
+        """Tokenises the records from which something can be learned, by their places."""
+        segmenter, entries = find_segmenter(self.segmenter), {}
         for number, record in enumerate(records):
+            if isinstance(record, Comment):
+                continue
             try:
-                entries.append(read_entry(record, self.policy, segmenter))
+                entries[number] = read_entry(record, self.policy, segmenter)
             except ValueError as error:
                 raise ValueError(f"record {number} of `feedback` {error}") from error
-        lengths = [entry.longest for entry in entries]
+        if not entries:
+            raise ValueError(
+                f"`feedback` must hold a record that a reward is learned from, got {len(records)} comments only; a judge turns them into "
+                "another form (`textgym.feedback.comments_to_records`)."
+            )
+        return entries
+
+    def _check(self, entries: dict[int, Entry], kept: list[int]) -> None:
         limit = self.policy.limit
-        kept = [number for number, length in enumerate(lengths) if self.max_tokens is None or length <= self.max_tokens]
-        if not kept:
-            raise ValueError(f"`max_tokens` must be at least {min(lengths)}, the shortest of `feedback`, got {self.max_tokens}.")
+        too_long = [number for number in kept if limit is not None and entries[number].longest > limit]
+        if too_long:
+            raise ValueError(
+                f"record {too_long[0]} of `feedback` has {entries[too_long[0]].longest} tokens, but the reward model reads {limit}; pass "
+                f"`max_tokens={limit}` to leave out what is longer, {len(too_long)} of {len(entries)} records."
+            )
+        if not any(entries[number].weight for number in kept):
+            raise ValueError("`feedback` must have at least one record with a `weight` above 0.")
         for number in kept:
-            if limit is not None and lengths[number] > limit:
-                raise ValueError(
-                    f"record {number} of `feedback` has {lengths[number]} tokens, but the reward model reads {limit}; pass "
-                    f"`max_tokens={limit}` to leave out what is longer."
-                )
             if not entries[number].pairs and entries[number].kind == "ranked" and self.ranking_loss == "pairwise":
                 raise ValueError(f"record {number} of `feedback` is one tie, which has no pairs; use `ranking_loss='plackett_luce'`.")
             if entries[number].kind != "marked":
                 self.policy.reward_output  # noqa: B018  (raises where no output was chosen)
-        return FeedbackSet([entries[number] for number in kept], self.policy.num_outputs)
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 
@@ -145,9 +189,9 @@ class RewardModelTrainer(OfflineLearner):
             scores = batch.scores(self.policy)  # (I, C)
             loss, metrics = scores.new_zeros(()), {name: scores.new_zeros(()) for name in self._metric_names()}
             for group in batch.groups:
-                losses = self.losses(group, scores)
                 penalty = self._centering(group, scores)
-                loss = loss + weighted_mean(losses + self.center_coef * penalty, group.weights, count)
+                losses = self.losses(group, scores) + self.center_coef * penalty
+                loss = loss + weighted_mean(losses, group.weights, count)
                 for name, values in self._metrics(group, scores.detach(), penalty.detach()).items():
                     metrics[name] += weighted_mean(values, group.weights, count)
             return Share(loss, metrics)
@@ -166,6 +210,10 @@ class RewardModelTrainer(OfflineLearner):
         if group.kind == "ranked" and self.ranking_loss == "plackett_luce":
             return ranking_loss(rewards, group.ranks, group.present)
         return compared_loss(rewards, group.preferences, group.judged, self.margin_scale * group.margins)
+
+    def _record_losses(self, group: Group, scores: Tensor) -> Tensor:
+        """The loss of each record with its penalty, (B',)."""
+        return self.losses(group, scores) + self.center_coef * self._centering(group, scores)
 
     def _centering(self, group: Group, scores: Tensor) -> Tensor:
         """The centring penalty of each record, (B',); 0 for verdicts, which fix the level by themselves."""
@@ -224,28 +272,34 @@ class RewardModelTrainer(OfflineLearner):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluate(self, held_out: Any) -> RewardModelReport:
+    def evaluate(self, held_out: Any, *, progress_bar: bool = False) -> RewardModelReport:
         """Measures the reward model on feedback that it was not trained on.
 
         Args:
             held_out: feedback, in any form that the constructor takes, or what `read` returned.
+            progress_bar: show one, on a terminal.
         """
         data = held_out if isinstance(held_out, FeedbackSet) else self.read(held_out)
         median = self._median_length(self.examples or data)
-        decisions, rewards = self._decide(data, median)
+        with counting_bar("measuring", len(data), shown=progress_bar) as advance:
+            decisions, rewards, loss = self._decide(data, median, advance=advance)
         longer = best_direction(decisions if self.examples is None else self._decide(self.examples, median, by_length=True)[0])
-        loss = self.numbers_on(data)["train/loss"]
-        return RewardModelReport.of(decisions, rewards, num_records=len(data), loss=loss, longer_wins=longer)
+        return RewardModelReport.of(
+            decisions, rewards, num_records=len(data), loss=loss, longer_wins=longer, left_out=data.left_out._asdict()
+        )
 
     def _median_length(self, data: FeedbackSet) -> float:
         return float(np.median([piece.end - (piece.start if self.policy.per_token else 0) for one in data.entries for piece in one.pieces]))
 
     @torch.no_grad()
-    def _decide(self, data: FeedbackSet, median: float, by_length: bool = False) -> tuple[Decisions, np.ndarray]:
-        """Returns all decisions of a data set and the rewards of its pieces; with `by_length` the model is not asked."""
+    def _decide(
+        self, data: FeedbackSet, median: float, by_length: bool = False, advance: Callable[[int], None] = lambda count: None
+    ) -> tuple[Decisions, np.ndarray, float]:
+        """Returns all decisions of a data set, the rewards of its pieces and the loss; with `by_length` the model is not asked."""
         columns: list[list[np.ndarray]] = [[], [], [], []]
         clusters: list[str] = []
-        rewards = []
+        categories: list[str] = []
+        rewards, loss = [], 0.0
         for rows in micro_batches(data.pass_tokens, self.micro_batch_size or SCORED_AT_ONCE, self.micro_batch_tokens):
             batch = data.select(rows, self.policy.device)
             lengths = (batch.ends - (batch.starts if self.policy.per_token else 0) - median)[:, None].float()
@@ -255,11 +309,22 @@ class RewardModelTrainer(OfflineLearner):
             scores = by_column if by_length else batch.scores(self.policy)
             rewards.append(scores.flatten() if self.policy.label is None else scores[:, self.policy.label])
             for group in batch.groups:
+                loss += float(weighted_mean(self._record_losses(group, scores), group.weights, len(data)))
                 differences, outcomes, records = self.decisions(group, scores)
                 weights = group.weights[records] / torch.bincount(records, minlength=len(group.rows))[records]
                 found = (differences, outcomes, weights, self.decisions(group, by_column)[0])
                 for column, values in zip(columns, found, strict=True):
                     column.append(values.double().cpu().numpy())
                 clusters += [data.entries[number].prompt for number in group.rows[records.cpu()].tolist()]
+                categories += self._categories(group, len(differences))
+            advance(len(rows))
         deltas, labels, shares, by_length_deltas = (np.concatenate(column) for column in columns)
-        return Decisions(deltas, labels, shares, by_length_deltas, clusters), torch.cat(rewards).double().cpu().numpy()
+        decisions = Decisions(deltas, labels, shares, by_length_deltas, clusters, categories if any(categories) else ())
+        return decisions, torch.cat(rewards).double().cpu().numpy(), loss
+
+    def _categories(self, group: Group, count: int) -> list[str]:
+        """Returns the category that each of the `count` decisions of a group is about, in their order; "" where it is about none."""
+        if group.kind != "marked":
+            return [""] * count
+        outputs = (group.present[:, :, None] & torch.ones_like(group.clean)).nonzero(as_tuple=True)[2]
+        return [self.policy.output_names[place] for place in outputs.tolist()]

@@ -25,6 +25,20 @@ from textgym.rewards.segmenters import Segmenter
 Pair: TypeAlias = tuple[int, int, float, float]  # i, j, P(i ≻ j), margin
 
 
+class LeftOut(NamedTuple):
+    """How many records of a source are not in a data set, by the reason.
+
+    Attributes:
+        too_long: have a text of more than `max_tokens`.
+        same_answers: compare answers that are the same tokens, whose rewards are equal whatever the model says.
+        comments: words, which a judge must turn into another form first.
+    """
+
+    too_long: int = 0
+    same_answers: int = 0
+    comments: int = 0
+
+
 @dataclass(frozen=True)
 class Entry:
     """One record, read.
@@ -51,6 +65,16 @@ class Entry:
     def longest(self) -> int:
         """Tokens of its longest text."""
         return max(len(piece.ids) for piece in self.pieces)
+
+    @property
+    def same_answers(self) -> bool:
+        """Whether it compares a piece with itself only."""
+        return self.kind in ("compared", "ranked") and all(piece == self.pieces[0] for piece in self.pieces)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether it compares, and finds nothing better than anything else."""
+        return self.kind in ("compared", "ranked") and all(preference == 0.5 for _, _, preference, _ in self.pairs)
 
 
 def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entry:
@@ -158,14 +182,16 @@ class FeedbackSet:
     Args:
         entries: the records.
         num_outputs: C.
+        left_out: the records of the source that are not among them.
 
     Attributes:
+        left_out: the same.
         num_tokens: (N,) int64, tokens of the different texts of each record, prompts included.
         pass_tokens: (N,) int64, the longest text of each record times the texts that a record has at most.
     """
 
-    def __init__(self, entries: Sequence[Entry], num_outputs: int) -> None:
-        self.entries, self.num_outputs = list(entries), num_outputs
+    def __init__(self, entries: Sequence[Entry], num_outputs: int, left_out: LeftOut = LeftOut()) -> None:  # noqa: B008  (immutable)
+        self.entries, self.num_outputs, self.left_out = list(entries), num_outputs, left_out
         texts: dict[tuple[int, ...], int] = {}
         pieces: dict[tuple[int, int, int], int] = {}
         self._places: list[list[int]] = []

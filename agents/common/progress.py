@@ -1,8 +1,11 @@
 """The progress bar of `learn(progress_bar=True)`: what the agent says of itself, tokens per second and time left."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -57,3 +60,12 @@ class ProgressCallback(BaseCallback):
     def _on_training_end(self) -> None:
         assert self._progress is not None
         self._progress.stop()
+
+
+@contextmanager
+def counting_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Gives the function to call with how much more of `total` is done; a bar on a terminal while it lasts, nothing elsewhere."""
+    console = Console()
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,5 +1,6 @@
 """`RewardModelTrainer`: every form of feedback has its loss, and the loop keeps the promises of all learners from examples."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import tensor
 
 from textgym.agents import SFT, CausalLMPolicy, HeldOut, RewardModel, RewardModelTrainer
+from textgym.agents.common.feedback_sets import LeftOut
 from textgym.agents.common.reward_losses import (
     bradley_terry_loss,
     centering_penalty,
@@ -165,7 +167,7 @@ def test_all_forms_in_one_data_set(policy) -> None:
     trainer = RewardModelTrainer(model, records, batch_size=3, seed=0)
     alone = [trainer.evaluate([record]).loss for record in records]
     assert trainer.evaluate(records).loss == pytest.approx(np.average(alone, weights=[1, 1, 1, 1, 2]), abs=1e-5)
-    with pytest.raises(ValueError, match="record 0 of `feedback` is a Comment, from which no reward is learned; let a judge"):
+    with pytest.raises(ValueError, match="a record that a reward is learned from, got 1 comments only; a judge"):
         trainer.read([Comment(PROMPT, ANSWERS[:1], "nice")])
 
 
@@ -382,8 +384,80 @@ def test_too_long_records(policy) -> None:
         RewardModelTrainer(model, records)
     trainer = RewardModelTrainer(model, records, max_tokens=128)
     assert trainer.examples is not None and len(trainer.examples) == 1
-    with pytest.raises(ValueError, match="`max_tokens` must be at least 10"):
+    with pytest.raises(ValueError, match="`max_tokens` must be at least 10 to leave one of these 2 records of `feedback`, got 5"):
         RewardModelTrainer(model, records, max_tokens=5)
+
+
+def test_what_is_left_out_is_counted(policy) -> None:
+    model = RewardModel.from_policy(policy)
+    good = [Comparison(PROMPT, "a", "b"), Ranking(PROMPT, ("a", "a", "b"), (1, 2, 3))]
+    same = [Comparison(PROMPT, "a", "a"), Comparison(PROMPT, "a", "a", preference=0.5), Ranking(PROMPT, ("a", "a"), (1, 2))]
+    records = [Comparison(PROMPT, "a" * 200, "b"), *good, *same, Comment(PROMPT, ("a",), "nice"), Label(PROMPT, "c" * 200, True)]
+    trainer = RewardModelTrainer(model, records, max_tokens=128, seed=0)
+    assert trainer.examples is not None and len(trainer.examples) == 2
+    assert trainer.examples.left_out == LeftOut(too_long=2, same_answers=3, comments=1)
+    report = trainer.evaluate([*records, *same])
+    assert report.num_records == 2 and report.left_out == {"too_long": 2, "same_answers": 6, "comments": 1}
+    assert "2 longer than `max_tokens`, 6 whose answers are the same tokens, 1 comments" in str(report)
+    assert report.to_dict()["left_out"]["too_long"] == 2
+    with pytest.raises(ValueError, match="compare answers that differ, but those of each of its 3 records are the same tokens"):
+        RewardModelTrainer(model, same)
+    with pytest.raises(ValueError, match="at least one record with a `weight` above 0"):
+        RewardModelTrainer(model, [Comparison(PROMPT, "a", "b", weight=0.0)])
+
+
+TIE = Ranking(PROMPT, ANSWERS[:3], (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "ties", [[TIE], [Comparison(PROMPT, "a", "b", preference=0.5)], [Judgements(PROMPT, ("a", "b"), (Judgement(0, 1, 0),))]]
+)
+def test_ties_alone_teach_equality_which_is_said_and_measuring_goes_on(policy, ties: list[Record]) -> None:
+    decided = [Comparison(PROMPT, "yes yes", "no")]
+    model = RewardModel.from_policy(policy)
+    with pytest.warns(UserWarning, match="1 records, all of them ties.*equally good, and nothing else"):
+        trainer = RewardModelTrainer(model, ties, 1e-2, n_epochs=20, seed=0)
+    report = trainer.learn().evaluate(decided)
+    assert 0 <= report.accuracy.mean <= 1 and np.isfinite(report.log_loss)
+    if ties == [TIE]:  # a ranking's ties are no pairs: nothing tells which length wins
+        assert report.longer_wins is None and np.isnan(report.length_accuracy.mean)
+        assert "decides nothing" in str(report) and report.to_dict()["length_accuracy"]["mean"] is None
+        scores = model.score_texts([PROMPT] * 3, ANSWERS[:3])
+        assert scores.std() < 0.2
+
+
+def test_what_decides_nothing_is_measured_as_not_a_number(policy) -> None:
+    trainer = RewardModelTrainer(RewardModel.from_policy(policy), many_records(), seed=0)
+    report = trainer.evaluate([TIE, TIE])
+    assert report.num_records == 2 and report.num_decisions == 0 and np.isfinite(report.loss)
+    assert all(np.isnan(value) for value in (report.accuracy.mean, report.log_loss, report.expected_calibration_error))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["accuracy"]["mean"] is None
+    # The decisions that there are weigh nothing.
+    report = trainer.evaluate([TIE, Comparison(PROMPT, "a", "b", weight=0.0)])
+    assert report.num_decisions == 1 and np.isnan(report.accuracy.mean) and np.isnan(report.log_loss)
+
+
+def test_markings_are_reported_by_category(policy) -> None:
+    """What is known of every category by hand: shares of clean segments, and scores that tell them apart or do not."""
+    fool, bore = Span("rude", 2, 6), Span("dull", 8, 10)
+    marked = [Marking(PROMPT, "a fool. ok.", (fool, bore)), Marking(PROMPT, "a joy. ok.", ()), Marking("x ", "a fool. ok.", (fool,))]
+    model = RewardModel.from_policy(policy, output_names=["rude", "dull"])
+    report = RewardModelTrainer(model, marked, 1e-2, n_epochs=40, segmenter="sentence", seed=0).learn().evaluate(marked)
+    assert set(report.by_category) == {"rude", "dull"}
+    rude, dull = report.by_category["rude"], report.by_category["dull"]
+    assert rude.num_decisions == dull.num_decisions == 6 and report.num_decisions == 12
+    assert rude.clean == pytest.approx(4 / 6) and dull.clean == pytest.approx(5 / 6)
+    assert rude.accuracy.mean == 1.0 and rude.area_under_roc == 1.0
+    assert report.accuracy.mean == pytest.approx((rude.accuracy.mean + dull.accuracy.mean) / 2)
+    assert report.to_dict()["by_category"]["rude"]["area_under_roc"] == 1.0 and "rude: 6 verdicts, 66.7% clean" in str(report)
+    assert RewardModelTrainer(RewardModel.from_policy(policy), many_records()).evaluate(many_records()).by_category == {}
+
+
+def test_a_measurement_reads_every_text_once_and_its_loss_is_that_of_training(policy) -> None:
+    trainer = RewardModelTrainer(RewardModel.from_policy(policy), many_records(), center_coef=0.1, micro_batch_size=7, seed=0)
+    report = trainer.evaluate(many_records(), progress_bar=True)
+    assert trainer.examples is not None
+    assert report.loss == pytest.approx(trainer.numbers_on(trainer.examples)["train/loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from textgym.evaluation.bootstrap import bootstrap_cluster_mean
-from textgym.evaluation.calibration import expected_calibration_error, log_loss, reliability_table, sigmoid
+from textgym.evaluation.calibration import area_under_roc, expected_calibration_error, log_loss, reliability_table, sigmoid
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
 
 
@@ -33,6 +33,19 @@ def test_weights_and_empty_intervals() -> None:
     assert expected_calibration_error(table) == pytest.approx((3 * 0.1 + 0.95) / 4)
     with pytest.raises(ValueError, match=r"`probabilities` must lie in \[0.5, 1\], got 0.3"):
         reliability_table([0.3], [1], low=0.5)
+
+
+def test_area_under_roc_by_hand() -> None:
+    # Of the pairs (2, 1), (2, 3), (4, 1), (4, 3), (3, 1), (3, 3) four are in the right order and one is a tie.
+    assert area_under_roc([2, 4, 3, 1, 3], [1, 1, 1, 0, 0]) == pytest.approx(4.5 / 6)
+    assert area_under_roc([2, 4, 3, 1, 3], [1, 1, 1, 0, 0], weights=[2, 1, 1, 1, 0]) == 1.0
+    assert area_under_roc([1, 1, 1], [1, 0, 1]) == 0.5
+    assert area_under_roc([0.0, 1.0], [0.25, 0.75]) == pytest.approx(0.75 * 0.75 + 0.5 * 2 * 0.25 * 0.75)
+    assert math.isnan(area_under_roc([1, 2], [1, 1])) and math.isnan(area_under_roc([], []))
+
+
+def test_means_of_nothing_are_nan() -> None:
+    assert math.isnan(log_loss([], [])) and math.isnan(log_loss([1.0], [1.0], weights=[0.0]))
 
 
 def test_calibrated_probabilities_have_a_small_error() -> None:

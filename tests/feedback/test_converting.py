@@ -192,7 +192,7 @@ def test_mixtures() -> None:
 @pytest.mark.parametrize(
     ("convert", "record", "said"),
     [
-        (to_comparisons, Comment("x", ("a",), "good"), "record 1 .* to comparisons: it is a comment"),
+        (to_comparisons, MARKED, "record 1 .* to comparisons: it is a marking"),
         (to_labels, B_C_D_A, "record 1 .* to labels: it is a ranking"),
         (to_demonstrations, judged(2, (0, 1, 1)), "record 1 .* to demonstrations: it is a judgements"),
     ],
@@ -200,6 +200,13 @@ def test_mixtures() -> None:
 def test_what_cannot_be_converted_is_named(convert: Any, record: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         convert([Label("x", "a", True), record])
+
+
+def test_comments_are_no_obstacle() -> None:
+    records = [Comparison("x", "a", "b"), Comment("x", ("a", "b"), "both poor")]
+    assert to_comparisons(records) == records[:1]
+    assert [label.good for label in to_labels(records)] == [True, False]
+    assert [row["completion"] for row in to_demonstrations(records)] == ["a"]
 
 
 def test_every_pair_is_judged_once() -> None:

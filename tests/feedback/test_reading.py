@@ -175,9 +175,30 @@ def test_only_bad_rows_are_an_error_either_way() -> None:
 
 
 def test_a_long_list_of_bad_rows_is_cut() -> None:
-    with pytest.raises(FeedbackError, match="and 4 more") as caught:
+    with pytest.raises(FeedbackError, match=r"rows 0, 1, 2, 3, 4 and 4 more of `feedback` must have") as caught:
         read_feedback([{"question": "x"}] * 9)
-    assert str(caught.value).count("row ") == 5 and len(caught.value.feedback.bad_rows) == 9
+    assert len(caught.value.feedback.bad_rows) == 9
+
+
+def test_each_fault_is_said_once_with_its_lines_and_short(tmp_path: Path) -> None:
+    wrong = [json.dumps({"prompt": "x", "completion": "abc", "errors": [number]}) for number in range(40)]
+    path = lines(tmp_path / "spans.jsonl", *wrong, json.dumps({**PAIR, "weight": -1}), json.dumps({**PAIR, "weight": -2}))
+    with pytest.raises(FeedbackError) as caught:
+        read_feedback(path)
+    said = str(caught.value).splitlines()
+    assert said[0] == "`feedback` must have good rows only, got 42 bad of 42:"
+    assert said[1].startswith(f"  lines 1, 2, 3, 4, 5 and 35 more of '{path}' must have the columns")
+    assert said[2].startswith("  `weight` of lines 41, 42 of ") and "got -1" in said[2] and len(said) == 4
+    assert all(len(line.replace(str(path), "")) < 350 for line in said)
+
+
+def test_comments_beside_a_form_that_is_asked_for_stay_comments() -> None:
+    comment = {"prompt": "x", "completions": ["a", "b"], "comment": "both poor", "by": "person"}
+    feedback = read_feedback([PAIR, comment], form="comparison")
+    assert feedback.records[0] == Comparison("x", "a", "b") and feedback.num_comments == 1
+    ranking = {"prompt": "x", "completions": ["a", "b"], "comment": "the first is better"}
+    assert isinstance(one(ranking, form="ranking"), Ranking)
+    assert len(read_feedback([Label("x", "a", True), Comment("x", ("a",), "so so")], form="label")) == 2
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -223,7 +244,11 @@ def test_class_names() -> None:
         ValueError, match="`positive` must be among the labels of the rows, got 'nohate'; the labels are 'hate', 'neither', 'noHate'"
     ):
         read_feedback(rows, positive="nohate")
-    assert [record.good for record in read_feedback([{"text": "a", "label": n} for n in (1, 2)], positive=2)] == [False, True]
+    numbers = [{"text": "a", "label": n} for n in (1, 2)]
+    assert [record.good for record in read_feedback(numbers, positive=2)] == [False, True]
+    assert [record.good for record in read_feedback(numbers, positive="2")] == [False, True], "as it is given on a command line"
+    with pytest.raises(ValueError, match="must be among the labels of the rows, got '3'; the labels are 1, 2"):
+        read_feedback(numbers, positive="3")
 
 
 def test_labels_that_may_mean_neither_are_refused() -> None:

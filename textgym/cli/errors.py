@@ -15,9 +15,13 @@ class UserError(Exception):
     """Something that the user can put right; its text is the one sentence that says what and how."""
 
 
+class LinesError(UserError):
+    """The same in several short lines, such as one for each kind of bad row."""
+
+
 def fail(error: BaseException | str) -> NoReturn:
-    """Prints one line about `error` to stderr and ends the command."""
-    print(f"textgym: {one_line(error)}", file=sys.stderr)
+    """Prints one line about `error` (of a `LinesError` each of its lines) to stderr and ends the command."""
+    print(f"textgym: {error if isinstance(error, LinesError) else one_line(error)}", file=sys.stderr)
     raise typer.Exit(EXIT_USER_ERROR)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from textgym.cli.algorithms import ALGORITHMS, SFT, Algorithm, betas, learning_rates, set_by_default
 from textgym.cli.bench import bench
+from textgym.cli.convert import EXAMPLES, convert
 from textgym.cli.errors import EXIT_USER_ERROR, UserError, one_line, one_sentence_errors
 from textgym.cli.evaluate import evaluate
 from textgym.cli.label import label
@@ -289,6 +290,7 @@ app.command()(pipeline)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(label)
+app.command(epilog=EXAMPLES)(convert)
 app.command()(reward)
 app.command()(bench)
 

@@ -1,4 +1,7 @@
-"""Calibration of stated probabilities: are 80 % of the comparisons that a reward model calls with 80 % right? Pure numpy."""
+"""Calibration of stated probabilities: are 80 % of the comparisons that a reward model calls with 80 % right? And how well scores order.
+
+Pure numpy. Means over nothing, or over weights that are all 0, are NaN.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,10 +40,42 @@ def log_loss(differences: npt.ArrayLike, outcomes: npt.ArrayLike, weights: npt.A
         differences: Δ, (N,).
         outcomes: p in [0, 1], (N,).
         weights: (N,); None for equal ones.
+
+    Returns:
+        nats; NaN where there is nothing to average.
     """
     delta, p = np.asarray(differences, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
     losses = p * np.logaddexp(0, -delta) + (1 - p) * np.logaddexp(0, delta)
-    return float(np.average(losses, weights=None if weights is None else np.asarray(weights, dtype=np.float64)))
+    return weighted_average(losses, np.ones_like(losses) if weights is None else weights)
+
+
+def weighted_average(values: npt.ArrayLike, weights: npt.ArrayLike) -> float:
+    """Returns Σ w v / Σ w; NaN where the weights, (N,) as the values, add up to 0."""
+    numbers, shares = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    total = float(shares.sum())
+    return float((numbers * shares).sum() / total) if total else float("nan")
+
+
+def area_under_roc(scores: npt.ArrayLike, outcomes: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
+    """Returns the probability that a case of outcome 1 has a higher score than one of outcome 0, equal scores counting half.
+
+    ½ is what scores reach that know nothing, whatever share of the outcomes is 1 (Hanley & McNeil 1982).
+
+    Args:
+        scores: (N,).
+        outcomes: p in [0, 1], (N,); p between counts as a share p of a 1 and 1 − p of a 0.
+        weights: (N,); None for 1 each.
+
+    Returns:
+        a number from 0 to 1; NaN where all outcomes are the same.
+    """
+    values, p = np.asarray(scores, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
+    weight = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    _, places = np.unique(values, return_inverse=True)
+    ones, zeros = np.bincount(places, weights=weight * p), np.bincount(places, weights=weight * (1 - p))
+    total = float(ones.sum() * zeros.sum())
+    below = np.cumsum(zeros) - zeros  # the zeros of lower scores
+    return float((ones * (below + zeros / 2)).sum() / total) if total else float("nan")
 
 
 def reliability_table(

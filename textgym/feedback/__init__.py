@@ -4,7 +4,9 @@ Nothing here loads torch when imported.
 """
 
 from textgym.feedback.annotator import SyntheticAnnotator, sample_segment_pairs
+from textgym.feedback.conversion import Converted, convert
 from textgym.feedback.converting import (
+    comparison_to_judgements,
     comparison_to_labels,
     judgements_to_comparisons,
     judgements_to_ranking,
@@ -50,6 +52,7 @@ __all__ = [
     "Comment",
     "CommentJudge",
     "Comparison",
+    "Converted",
     "Feedback",
     "Judgement",
     "Judgements",
@@ -64,7 +67,9 @@ __all__ = [
     "SyntheticAnnotator",
     "TextJudge",
     "comments_to_records",
+    "comparison_to_judgements",
     "comparison_to_labels",
+    "convert",
     "judge_pairs",
     "judge_rankings",
     "judge_texts",

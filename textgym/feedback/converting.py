@@ -1,7 +1,7 @@
 """Feedback of one form as another: pure functions from records to records.
 
     ranking_to_comparisons      judgements_to_comparisons    labels_to_comparisons      to_comparisons    (any mixture)
-    judgements_to_ranking       ranking_to_judgements
+    judgements_to_ranking       ranking_to_judgements        comparison_to_judgements
     comparison_to_labels        marking_to_label             marking_to_segment_labels  to_labels         (any mixture)
     to_demonstrations           the best answers, to be imitated
 
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from textgym.feedback.records import Comparison, Judgement, Judgements, Label, Marking, Ranking, Record
+from textgym.feedback.records import Comment, Comparison, Judgement, Judgements, Label, Marking, Ranking, Record
 from textgym.feedback.rows import form_of
 from textgym.rewards.dense import Segmentation
 from textgym.rewards.episodes import EpisodeBatch
@@ -68,6 +68,19 @@ def judgements_to_ranking(judgements: Judgements) -> Ranking:
         left.remove(best[0])
     found = tuple(ranks[one] for one in group)
     return Ranking(judgements.prompt, judgements.completions, found, judgements.weight, judgements.columns)
+
+
+def comparison_to_judgements(comparison: Comparison) -> Judgements:
+    """Returns the one outcome of a pair, a tie with z = 0.
+
+    Raises:
+        ValueError: its preference is a probability, which no outcome says.
+    """
+    if comparison.preference not in (0.0, 0.5, 1.0):
+        raise ValueError(f"`preference` must be 0, 0.5 or 1 to be an outcome, got {comparison.preference}.")
+    outcome = Judgement(0, 1, round(2 * comparison.preference - 1))
+    answers = (comparison.chosen, comparison.rejected)
+    return Judgements(comparison.prompt, answers, (outcome,), comparison.weight, comparison.columns)
 
 
 def comparison_to_labels(comparison: Comparison) -> list[Label]:
@@ -151,6 +164,8 @@ def marking_to_segment_labels(
 def to_comparisons(records: Iterable[Record]) -> list[Comparison]:
     """Returns all pairs in records of any mixture of comparisons, rankings, judgements and labels (good against bad of one prompt).
 
+    Comments are passed over: a judge makes pairs of them (`comments_to_records`).
+
     Raises:
         ValueError: a record is of another form.
     """
@@ -166,6 +181,8 @@ def to_comparisons(records: Iterable[Record]) -> list[Comparison]:
                 found += judgements_to_comparisons(record)
             case Label():
                 labels.append(record)
+            case Comment():
+                continue
             case _:
                 raise _no_conversion(number, record, "comparisons")
     return found + labels_to_comparisons(labels)
@@ -174,7 +191,8 @@ def to_comparisons(records: Iterable[Record]) -> list[Comparison]:
 def to_labels(records: Iterable[Record]) -> list[Label]:
     """Returns good and bad texts of records of any mixture of labels, comparisons and markings.
 
-    Rankings and judgements are refused: what is the middle of three is neither good nor bad. Make comparisons of them first.
+    Rankings and judgements are refused: what is the middle of three is neither good nor bad. Make comparisons of them first. Comments are
+    passed over.
 
     Raises:
         ValueError: a record is of another form.
@@ -188,6 +206,8 @@ def to_labels(records: Iterable[Record]) -> list[Label]:
                 found += comparison_to_labels(record)
             case Marking():
                 found.append(marking_to_label(record))
+            case Comment():
+                continue
             case _:
                 raise _no_conversion(number, record, "labels")
     return found
@@ -197,7 +217,7 @@ def to_demonstrations(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Returns what to imitate, as rows with `prompt`, `completion` and `weight` for SFT.
 
     Of a comparison the more probable answer (of a tie none), of a ranking its best, of labels the good ones, of markings those without a
-    fault.
+    fault; comments are passed over.
 
     Raises:
         ValueError: a record is of another form.
@@ -210,6 +230,8 @@ def to_demonstrations(records: Iterable[Record]) -> list[dict[str, Any]]:
                 labels = [Label(record.prompt, answer, True, record.weight) for answer in best]
             case Label() | Comparison() | Marking():
                 labels = to_labels([record])
+            case Comment():
+                labels = []
             case _:
                 raise _no_conversion(number, record, "demonstrations")
         found += [{"prompt": one.prompt, "completion": one.completion, "weight": one.weight} for one in labels if one.good]

@@ -1,6 +1,7 @@
 """Feedback from files, lists and data sets: every row checked, every bad one named with its line, the good ones kept."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any, Literal
 
 from textgym.errors import FeedbackError
 from textgym.feedback.columns import has_columns, shown
-from textgym.feedback.records import Record
-from textgym.feedback.rows import FORMS, form_of, is_record, row_to_record
+from textgym.feedback.records import Comment, Record
+from textgym.feedback.rows import FORMS, form_of, is_record, recognise_form, row_to_record
 from textgym.prompts import iterate_json_lines, read_rows
 
 SOURCES = "a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, or a `datasets.Dataset`"
-_SHOWN_ROWS = 5
+_SHOWN_ROWS = 5  # rows that one fault is shown with, and faults that are shown
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Feedback:
     records: list[Record]
     bad_rows: list[BadRow]
 
+    @property
+    def num_comments(self) -> int:
+        """How many of the records are comments, from which nothing is learned before a judge has read them."""
+        return sum(isinstance(record, Comment) for record in self.records)
+
     def __len__(self) -> int:
         """How many records there are."""
         return len(self.records)
@@ -62,7 +68,7 @@ class _Place:
 
     @property
     def name(self) -> str:
-        return f"row {self.line} of `feedback`" if self.file is None else f"line {self.line} of {self.file!r}"
+        return _place_name(self.file, [self.line])
 
 
 def read_feedback(
@@ -79,10 +85,11 @@ def read_feedback(
         source: a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, a `datasets.Dataset`, or a
             `Feedback`. Blank lines are passed over.
         form: what all rows are, one of "comparison", "ranking", "judgements", "label", "segment_pair", "marking", "comment"; None
-            recognises it row by row from the columns.
+            recognises it row by row from the columns. Comments, which `textgym label` writes between comparisons, stay comments.
         on_bad_row: "raise" an error that names the bad rows once all are read, or "keep_good" rows and list the others in `bad_rows`.
         rename: columns that are called otherwise, `{their name: our name}`; the rows that have them get ours.
-        positive: where `label` is the name of a class, the one (or a collection of those) that means good; every other means bad.
+        positive: where `label` is the name of a class, the one (or a collection of those) that means good; every other means bad. A string
+            stands for the number that is written so, too.
 
     Returns:
         The records and the bad rows.
@@ -112,11 +119,14 @@ def _record(place: _Place, form: str | None, positive: Collection[Any] | None) -
         raise ValueError(place.problem)
     if is_record(place.row):
         record: Record = place.row
-        if form is not None and form_of(record) != form:
+        if form is not None and form_of(record) not in (form, "comment"):
             raise ValueError(f"{place.name} must be a {form}, as `form` says, got a {form_of(record)}; convert it.")
         return record
     if not isinstance(place.row, Mapping):
         raise ValueError(f"{place.name} must be a record or a dict of columns, got {shown(place.row)}.")
+    # A ranking may have a column of that name; of any other form the columns that make a comment of a row are too few.
+    if form not in (None, "ranking") and recognise_form(place.row) == "comment":
+        form = "comment"
     return row_to_record(place.row, place.name, form, positive)
 
 
@@ -164,12 +174,18 @@ def _positive_classes(places: list[_Place], positive: str | int | Collection[Any
                 "others as bad, or leave out the rows with 0."
             )
         return None
-    wanted = [positive] if isinstance(positive, str | int) else list(positive)
+    wanted: list[Any] = [positive] if isinstance(positive, str | int) else list(positive)
+    wanted += [label for one in wanted if isinstance(one, str) and one not in labels for label in labels if _written(label) == one]
     for one in wanted:
-        if one not in labels:
+        if one not in labels and not (isinstance(one, str) and one in map(_written, labels)):
             found = list(dict.fromkeys(map(repr, labels)))[:20]
             raise ValueError(f"`positive` must be among the labels of the rows, got {one!r}; the labels are {', '.join(found) or 'none'}.")
     return wanted
+
+
+def _written(label: Any) -> str:
+    """Returns a number or truth value as it is written; "" for anything else."""
+    return json.dumps(label) if isinstance(label, bool | int | float) else ""
 
 
 def _check_arguments(form: str | None, on_bad_row: str) -> None:
@@ -180,10 +196,37 @@ def _check_arguments(form: str | None, on_bad_row: str) -> None:
 
 
 def _message(feedback: Feedback) -> str:
-    bad = feedback.bad_rows
-    first = "\n".join(f"  {row.reason}" for row in bad[:_SHOWN_ROWS])
-    more = f"\n  and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
+    """Says each fault once, in a line with the rows that have it."""
+    faults: dict[str, list[BadRow]] = {}
+    for row in feedback.bad_rows:
+        faults.setdefault(_fault(row), []).append(row)
+    shown = [f"  {_fault_line(rows)}" for rows in list(faults.values())[:_SHOWN_ROWS]]
+    if len(faults) > _SHOWN_ROWS:
+        shown.append(f"  and {sum(map(len, list(faults.values())[_SHOWN_ROWS:])):,} more, with other faults")
     cure = (
-        "Mend them, or pass `on_bad_row='keep_good'` to leave them out." if feedback.records else "None is left; see `rename=` and `form=`."
+        "Mend them, or pass `on_bad_row='keep_good'` to leave them out."
+        if feedback.records
+        else "None is left: `rename` gives columns other names, `form` says which form the rows have."
     )
-    return f"`feedback` must have good rows only, got {len(bad)} bad of {len(bad) + len(feedback.records)}:\n{first}{more}\n{cure}"
+    bad, count = len(feedback.bad_rows), len(feedback.bad_rows) + len(feedback.records)
+    return "\n".join([f"`feedback` must have good rows only, got {bad:,} bad of {count:,}:", *shown, cure])
+
+
+def _fault(row: BadRow) -> str:
+    """Returns what tells the fault of a row from others: its reason without the row and without the value that stood there."""
+    return row.reason.replace(_place_name(row.file, [row.line]), str(row.file)).partition(", got ")[0]
+
+
+def _fault_line(rows: Sequence[BadRow]) -> str:
+    """Returns the reason of the first row, said of all of them."""
+    first = rows[0]
+    return first.reason.replace(_place_name(first.file, [first.line]), _place_name(first.file, [row.line for row in rows]))
+
+
+def _place_name(file: str | None, numbers: Iterable[int]) -> str:
+    """Returns what error messages call rows of a source: "line 3 of 'a.jsonl'", "rows 1, 2 and 5 more of `feedback`"."""
+    source, kind = ("`feedback`", "row") if file is None else (repr(file), "line")
+    all_numbers = list(numbers)
+    shown = ", ".join(map(str, all_numbers[:_SHOWN_ROWS]))
+    more = f" and {len(all_numbers) - _SHOWN_ROWS:,} more" if len(all_numbers) > _SHOWN_ROWS else ""
+    return f"{kind}{'s' if len(all_numbers) > 1 else ''} {shown}{more} of {source}"

@@ -73,7 +73,7 @@ def row_to_record(row: Row, where: str, form: str | None = None, positive: Colle
     """
     form = form or recognise_form(row)
     if form is None:
-        raise wrong_columns(row, where, "of one of the forms of feedback: " + "; ".join(f"{name} ({_WANTED[name]})" for name in _WANTED))
+        raise wrong_columns(row, where, "of one of the forms of feedback " + _USUAL_FORMS)
     return parse_label(row, where, positive) if form == "label" else _PARSERS[form](row, where)
 
 
@@ -233,6 +233,10 @@ _WANTED = {
     "marking": "spans, and prompt and completion (or text)",
     "comment": "comment, and prompt and completions (or completion)",
 }
+_USUAL_FORMS = (
+    "(a pair: prompt, chosen, rejected; a ranking: prompt, completions; a label: prompt, completion, label; a marked text: prompt, "
+    "completion, spans; others: docs/feedback.md)"
+)
 
 
 # -- from a record to a row ---------------------------------------------------------------------------------------------------------------
@@ -297,6 +301,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "marking": ("prompt", "completion", "spans"),
     "comment": ("prompt", "completions", "comment"),
 }
+
+
+def own_names(record: Record) -> set[str]:
+    """Returns the names that none of a record's further columns may have."""
+    return {*_reserved(form_of(record)), "form"}
 
 
 def _reserved(form: str) -> set[str]:
