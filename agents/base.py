@@ -24,6 +24,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor, nn
 
 from textgym.agents.common import checkpoint
+from textgym.agents.common.adapters import check_reference
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import Critic, CriticSpec
 from textgym.agents.common.options import CommonOptions
@@ -118,6 +119,8 @@ class Agent(BaseAlgorithm):
             support_multi_env=True,
             seed=seed,
         )
+        if isinstance(policy, CausalLMPolicy) and isinstance(reference, CausalLMPolicy):
+            check_reference(policy, reference)
         self.policy, self.reference = policy, reference
         self.critic = None if critic is None else Critic.build(policy, critic, seed)
         self.critic_learning_rate = None if critic_learning_rate is None else as_schedule("critic_learning_rate", critic_learning_rate)

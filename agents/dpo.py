@@ -38,7 +38,7 @@ class DPO(OfflineAgent):
         beta: β, in reward per nat; smaller goes further from π_ref.
         loss_type: "sigmoid"; "robust", unbiased for labels flipped with probability `label_smoothing`; "ipo", (Δ − 1/(2β))².
         label_smoothing: ε in [0, ½), the probability that a label is wrong: conservative DPO with "sigmoid".
-        reference: π_ref; default a frozen copy of `policy` (with LoRA: the adapter switched off). Scored once, before training.
+        reference: π_ref; default a frozen copy of `policy` as it is now. Scored once, before training.
         n_epochs: passes over the preferences.
         batch_size: pairs or rankings per optimiser step.
         append_eos: put EOS behind completions given as texts.

@@ -39,7 +39,7 @@ class KTO(OfflineAgent):
         beta: β per nat; smaller goes further from π_ref.
         desirable_weight: λ_D. Of unequal numbers n_D, n_U of examples the paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3.
         undesirable_weight: λ_U.
-        reference: π_ref; default a frozen copy of `policy` (with LoRA: the adapter switched off).
+        reference: π_ref; default a frozen copy of `policy` as it is now.
         n_epochs: passes over the examples.
         batch_size: examples per optimiser step, at least 2.
         append_eos: put EOS behind completions given as texts.

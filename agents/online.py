@@ -52,7 +52,7 @@ class OnlineAgent(Agent):
         beta: β of the KL term in reward per nat: a number, a schedule, or an `AdaptiveKLController`. Algorithms with `kl_in_reward`
             put a `KLShaping` wrapper around `env`, unless it has one, which must then agree; the others apply β themselves and
             refuse a shaped environment.
-        reference: π_ref; by default a frozen copy of `policy` as it is now (with LoRA: the adapter switched off).
+        reference: π_ref; by default a frozen copy of `policy` as it is now (see `CausalLMPolicy.reference`).
         gamma: γ per token.
         critic: the value function of algorithms that have one, see `Critic.build`.
         **options: see `AgentOptions`.

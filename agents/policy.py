@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.action_masks import ActionMasker, PolicyMask
+from textgym.agents.common.adapters import adds_nothing, is_adapter, save_outside, trained_outside
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
@@ -21,6 +23,7 @@ from textgym.agents.common.numpy_protocol import NumpyProtocol
 from textgym.agents.common.prompt_batches import Prompts, encode
 from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
+from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.common.token_mask import TokenMask
 from textgym.agents.engines import CachedEngine, GenerationEngine
 from textgym.alignment import aligned
@@ -138,7 +141,10 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 "A LoRA policy is saved as its adapter, but the model under it was made in memory and has no name to find it by. Save that "
                 "model first and load it with `from_pretrained`, or save `policy.model.merge_and_unload()`."
             )
-        self.model.save_pretrained(folder)
+        with self.backbone.holding():
+            self.model.save_pretrained(folder)
+            if self.is_adapter:
+                save_outside(self.model, Path(folder))
         self.tokenizer.save_pretrained(folder)
 
     def loading_arguments(self) -> dict[str, Any]:
@@ -146,13 +152,28 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         precision = {} if self.backbone.autocast is None else {"autocast": str(self.backbone.autocast).removeprefix("torch.")}
         return {**dataclasses.asdict(self.sampling), **precision}
 
-    def reference(self) -> "CausalLMPolicy":
-        """Returns a frozen copy; for a LoRA policy, the same weights with the adapter off, which needs no copy."""
+    def reference(self, *, adapter: bool = True) -> "CausalLMPolicy":
+        """Returns the policy as it is now, frozen.
+
+        It is a copy, of a policy with an adapter a copy of what is trained alone: the rest is shared, and during a pass of the reference
+        the model holds the copied weights. While a LoRA adapter is fresh (it adds nothing yet) the reference is the model with the
+        adapter off, which needs no copy.
+
+        Args:
+            adapter: False leaves the adapter of a policy off whatever it has learned: the reference is the model under it.
+
+        Raises:
+            ValueError: `adapter` is False and there is none.
+        """
+        if not adapter and not self.is_adapter:
+            raise ValueError("`adapter` must be True for a policy without an adapter, got False. Take `policy.reference()`.")
         if self.is_adapter:
             frozen = copy.copy(self)
             # nn.Module keeps its registries in dicts that a shallow copy would share.
             frozen._modules = dict(self._modules)
-            frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True, autocast=self.backbone.autocast)
+            bare = not adapter or adds_nothing(self.model)
+            kept = None if bare and not trained_outside(self.model) else TargetNetwork({"model": self.model})
+            frozen.backbone = Backbone(self.model, self.vocab_size, bare, self.backbone.autocast, kept)
             frozen._acting, frozen._generator = ActingState(), None
         else:
             # The engine is shared: it may hold what no copy can be made of.
@@ -166,7 +187,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
     @property
     def is_adapter(self) -> bool:
         """Whether the model is a peft model: its adapter is trained, its weights are not."""
-        return hasattr(self.model, "disable_adapter") and hasattr(self.model, "peft_config")
+        return is_adapter(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -162,7 +162,7 @@ class RewardModel:
         seed: int = 0,
         **settings: Any,
     ) -> "RewardModel":
-        """Starts from a copy of a policy's trunk (a LoRA policy's with its adapter merged) with a fresh head.
+        """Starts from a copy of a policy's trunk (a LoRA policy's with its adapter merged; a reference's as it is) with a fresh head.
 
         Args:
             policy: the policy, which stays as it is.
@@ -172,7 +172,9 @@ class RewardModel:
             seed: of the head.
             **settings: further arguments of the class.
         """
-        model = fresh_classifier(policy.model, num_outputs, output_names, seed)
+        with policy.backbone.holding():
+            source = copy.deepcopy(policy.model).unload() if policy.backbone.without_adapter else policy.model
+            model = fresh_classifier(source, num_outputs, output_names, seed)
         return cls(model, policy.tokenizer, per_token=per_token, **{"device": policy.device, **settings})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

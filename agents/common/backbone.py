@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from textgym.agents.common.kept_rows import KeptRows
 from textgym.agents.common.layout import Rows
+from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.common.trunks import Trunk, additive, find_trunk, run_trunk
 
 _NOTHING = contextlib.nullcontext()
@@ -30,6 +31,7 @@ class Backbone:
         vocab_size: V, `len(tokenizer)`; the model must have at least as many outputs.
         without_adapter: run with the LoRA adapter off (the frozen reference of a LoRA policy).
         autocast: the dtype of matrix products, as `torch.autocast` has it; None for that of the weights.
+        frozen: weights to run with in the place of the model's own (the frozen reference of a policy with a trained adapter).
 
     Attributes:
         model: as given.
@@ -41,10 +43,17 @@ class Backbone:
         kept_rows: buffers and captured steps of past decode loops.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, without_adapter: bool = False, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vocab_size: int,
+        without_adapter: bool = False,
+        autocast: torch.dtype | None = None,
+        frozen: TargetNetwork | None = None,
+    ) -> None:
         self.model: Any = model
         self.vocab_size = vocab_size
-        self.without_adapter = without_adapter
+        self.without_adapter, self.frozen = without_adapter, frozen
         self.autocast: torch.dtype | None = None  # what follows compares in the weights' own precision
         self._base = without_peft(model)
         self._trunk: Any = self._base.base_model
@@ -178,10 +187,11 @@ class Backbone:
 
     def copy_trunk(self) -> PreTrainedModel:
         """Returns a copy of the trunk, without the adapters where there are some."""
-        if self._base is self.model:
-            trunk: PreTrainedModel = copy.deepcopy(self._trunk)
-            return trunk
-        peft_model: Any = copy.deepcopy(self.model)
+        with self.holding():
+            if self._base is self.model:
+                trunk: PreTrainedModel = copy.deepcopy(self._trunk)
+                return trunk
+            peft_model: Any = copy.deepcopy(self.model)
         trunk = peft_model.unload().base_model
         return trunk
 
@@ -190,13 +200,22 @@ class Backbone:
         return DynamicCache(config=self.config)
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
-        """What the model runs in: the dtype of `autocast`, and without its adapter where it is to run without one."""
+        """What the model runs in: the dtype of `autocast`, and as a reference without its adapter, or with the weights of its start."""
         precision = mixed_precision(self.device.type, self.autocast)
-        if not self.without_adapter:
+        if not self.without_adapter and self.frozen is None:
             return precision
         context = contextlib.ExitStack()
-        context.enter_context(self.model.disable_adapter())
+        context.enter_context(self.holding())
         context.enter_context(precision)
+        return context
+
+    def holding(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the modules hold the weights that this backbone runs with; of a reference that shares them with a policy, its own."""
+        context = contextlib.ExitStack()
+        if self.frozen is not None:
+            context.enter_context(self.frozen.lent())
+        if self.without_adapter:
+            context.enter_context(self.model.disable_adapter())
         return context
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 agent.json              class, constructor arguments, counters, schedules, generators' states
 model/                  the policy (or reward model) and its tokenizer, readable by transformers
-reference/              the frozen reference (absent where it is the policy with its adapter off)
+reference/              the frozen reference; of a policy with an adapter what is trained, as it was at the start, and nothing while
+                        the reference is the model with the adapter off
 critic/                 the value function, where there is one
 optimizer.safetensors   the optimiser's tensors
 generator.safetensors   the state of the sampling generator
@@ -11,6 +12,7 @@ extra.safetensors       further tensors of the algorithm (a replay, a target net
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from textgym.agents.base import Agent
 
 FORMAT = 2
-EXTRA_FILE = "extra.safetensors"
+EXTRA_FILE, FROZEN_FILE = "extra.safetensors", "frozen.safetensors"
 AgentT = TypeVar("AgentT", bound="Agent")
 
 
@@ -42,6 +44,9 @@ def save_agent(agent: "Agent", path: Path) -> None:
     kind = _reference_kind(agent)
     if kind == "saved":
         agent.reference.save_pretrained(fresh / "reference")
+    elif kind.startswith("adapter") and agent.reference.backbone.frozen is not None:
+        (fresh / "reference").mkdir()
+        save_file(_contiguous(agent.reference.backbone.frozen.tensors()), fresh / "reference" / FROZEN_FILE)
     if agent.critic is not None:
         agent.critic.save(fresh / "critic")
     tensors, optimizer_state = _split_tensors(agent.optimizer.state_dict())
@@ -49,7 +54,7 @@ def save_agent(agent: "Agent", path: Path) -> None:
     save_file({"sampling": agent.sampling_generator.get_state()}, fresh / "generator.safetensors")
     extra = agent.extra_tensors()
     if extra:
-        save_file({name: tensor.contiguous() for name, tensor in extra.items()}, fresh / EXTRA_FILE)
+        save_file(_contiguous(extra), fresh / EXTRA_FILE)
     document = {
         "format": FORMAT,
         "class": type(agent).__name__,
@@ -78,7 +83,9 @@ def _reference_kind(agent: "Agent") -> str:
     if not isinstance(agent.reference, CausalLMPolicy):
         return "given"
     policy: Any = agent.policy
-    return "adapter_off" if agent.reference.model is policy.model else "saved"
+    if agent.reference.model is not policy.model:
+        return "saved"
+    return "adapter_off" if agent.reference.backbone.without_adapter else "adapter_frozen"
 
 
 def _arguments(agent: "Agent") -> dict[str, Any]:
@@ -153,6 +160,8 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
             raise ValueError(f"{path} was saved with a `reference` of your own class; pass it to `load` again.")
         if document["reference"] == "saved":
             changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **settings).reference()
+        if document["reference"] in ("adapter_off", "adapter_frozen"):
+            changes["reference"] = _shared_reference(policy, path, document["reference"] == "adapter_frozen")
     if (path / "critic").is_dir():
         changes["critic"] = Critic.load(path / "critic", policy)
     make: Any = cls  # the constructors of online and offline agents differ behind their second argument
@@ -161,6 +170,18 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
         agent.connect(env)
     _restore(agent, path, document)
     return agent
+
+
+def _shared_reference(policy: CausalLMPolicy, path: Path, adapter: bool) -> CausalLMPolicy:
+    """Returns the reference that shares a model with its policy: with the adapter off, or with what was trained as it was at the start."""
+    reference = policy.reference(adapter=adapter)
+    if reference.backbone.frozen is not None and (path / "reference" / FROZEN_FILE).exists():  # earlier checkpoints have none
+        reference.backbone.frozen.load(load_tensors(path / "reference" / FROZEN_FILE))
+    return reference
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _read(cls: type[Any], path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from textgym.agents.common.adapters import load_outside
 from textgym.tokenizers import load_tokenizer
 
 
@@ -29,6 +30,7 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str, trust_rem
             f"`path`: no causal language model with its tokenizer could be loaded from {name!r}; give a folder that holds both, or an id "
             f"of the Hugging Face hub that can be reached from here. {str(error).strip().splitlines()[0]}"
         ) from error
+    load_outside(model, Path(name))
     if lora is not None:
         from peft import get_peft_model
 

@@ -1,5 +1,7 @@
 """A target network: the weights a network had a while ago, lent to it for a pass."""
 
+# The reference of a policy with an adapter is one too, which never follows.
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,7 @@ class TargetNetwork:
             if parameter.requires_grad
         }
         self._lagged = {name: parameter.detach().clone() for name, parameter in self._online.items()}
+        self._lent = 0
 
     @torch.no_grad()
     def after_step(self, steps: int) -> None:
@@ -37,18 +40,28 @@ class TargetNetwork:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Inside, the modules compute with the lagged weights, without gradients; graphs made before stay valid."""
-        self._exchange()
+        """Inside, the modules compute with the lagged weights, without gradients; graphs made before stay valid. Nests."""
+        if not self._lent:
+            self._exchange()
+        self._lent += 1
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._exchange()
+            self._lent -= 1
+            if not self._lent:
+                self._exchange()
 
     def _exchange(self) -> None:
         for name, parameter in self._online.items():
-            # Storages change hands; nothing is copied, and autograd's saved tensors see their own again afterwards.
-            parameter.data, self._lagged[name] = self._lagged[name], parameter.data
+            # Storages change hands; nothing is copied, and autograd's saved tensors see their own again afterwards. (A module that was
+            # moved to another device meanwhile takes its lagged weights along.)
+            parameter.data, self._lagged[name] = self._lagged[name].to(parameter.device), parameter.data
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that have a lagged copy."""
+        return list(self._online.values())
 
     def tensors(self) -> dict[str, Tensor]:
         """The lagged weights by name, for a checkpoint."""
@@ -56,6 +69,13 @@ class TargetNetwork:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Takes back what `tensors` gave.
+
+        Raises:
+            ValueError: these are not the tensors of the same parameters.
+        """
+        if tensors.keys() != self._lagged.keys():
+            different = sorted(tensors.keys() ^ self._lagged.keys())
+            raise ValueError(f"the tensors must be those of the parameters that are trained, one each; they differ in {different[:4]}.")
         for name, lagged in self._lagged.items():
             lagged.copy_(tensors[name])
