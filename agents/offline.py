@@ -107,8 +107,9 @@ class OfflineAgent(OfflineLearner):
         examples, where = read_examples(source, self.argument, type(self).parse)
         tokens = tokenise(examples, self.policy.tokenizer, self.policy.eos_token_ids, where, append_eos=self.append_eos)
         sizes = [len(row.prompt) + max(map(len, row.completions)) for row in tokens]
+        kept = list(range(len(sizes)))
         if self.max_tokens is not None:
-            kept = [number for number, size in enumerate(sizes) if size <= self.max_tokens]
+            kept = [number for number in kept if sizes[number] <= self.max_tokens]
             if not kept:
                 raise ValueError(f"`max_tokens` must be at least {min(sizes)}, the shortest of `{self.argument}`, got {self.max_tokens}.")
             examples, tokens = [examples[number] for number in kept], [tokens[number] for number in kept]
@@ -120,6 +121,7 @@ class OfflineAgent(OfflineLearner):
                 f"pass `max_tokens={limit}` to leave out what is longer."
             )
         data = ExampleSet(examples, tokens)
+        data.places = np.array(kept, dtype=np.int64)
         self.check_examples(data)
         return data
 

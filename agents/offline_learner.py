@@ -106,7 +106,7 @@ class OfflineLearner(Agent):
         self.order: ItemOrder | None = None
         self._saved_position: dict[str, Any] | None = None
         self._last_metrics: dict[str, float] = {}
-        super().__init__(model, learning_rate, reference=reference, settings=with_common_defaults(options))
+        super().__init__(model, learning_rate, reference=reference, settings=with_common_defaults(options, type(self)))
 
     # -- examples ---------------------------------------------------------------------------------------------------
 

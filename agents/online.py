@@ -86,7 +86,7 @@ class OnlineAgent(Agent):
         critic: CriticSpec | None = None,
         **options: Unpack[AgentOptions],
     ) -> None:
-        settings = with_defaults(options)
+        settings = with_defaults(options, type(self))
         check_number("gamma", gamma, 0, 1)
         self.beta, self.gamma = beta, gamma
         self.kl_shaping: list[AnyKLShaping] = []

@@ -181,7 +181,7 @@ class RejectionSampling:
         self.learning_rate, self.n, self.threshold, self.quantile = learning_rate, n, threshold, quantile
         self.max_new_tokens, self.n_epochs, self.batch_size = max_new_tokens, n_epochs, batch_size
         self.sampling_batch_size, self.options = sampling_batch_size, options
-        given = with_common_defaults(options)["seed"]
+        given = with_common_defaults(options, type(self))["seed"]
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if given is None else given
         self.generator = torch.Generator(policy.device).manual_seed(self.seed)
         self._order = np.random.default_rng(self.seed)

@@ -1,5 +1,6 @@
 """Evaluation on held-out prompts during training: reward and KL of fresh samples, and the best model so far."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from textgym.agents.common.batches import RolloutBatch
 from textgym.agents.common.environments import as_vector_env, attribute
 from textgym.agents.common.rollouts import RolloutCollector
 from textgym.agents.common.shaping import ensure_kl_shaping
@@ -46,7 +48,15 @@ class EvaluationResult:
         return float(measured.mean()) if len(measured) else float("nan")
 
 
-def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episodes: int | None = None, seed: int = 0) -> EvaluationResult:
+def evaluate_policy(
+    policy: CausalLMPolicy,
+    env: Any,
+    reference: Any,
+    *,
+    episodes: int | None = None,
+    seed: int = 0,
+    on_walk: Callable[[EvaluationResult], None] | None = None,
+) -> EvaluationResult:
     """Samples completions of an environment's prompts, in their order, and measures reward and KL.
 
     Args:
@@ -55,6 +65,7 @@ def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episode
         reference: the policy that KL is measured to; None measures none.
         episodes: how many (default: one per prompt, or one per row where the environment does not say how many prompts it has).
         seed: of sampling; the same seed gives the same noise, so two policies can be compared pairwise.
+        on_walk: called after each walk of the environment's rows with what has been measured so far.
     """
     vector_env = as_vector_env(env)
     if reference is not None and not find_kl_shaping(vector_env):
@@ -67,8 +78,15 @@ def evaluate_policy(policy: CausalLMPolicy, env: Any, reference: Any, *, episode
     firsts = range(0, count, rows)
     indices = (None if num_prompts is None else np.arange(first, first + rows) % int(num_prompts) for first in firsts)
     seeds = (seed if first == 0 else None for first in firsts)
-    walks = collector.walks(zip(indices, seeds, strict=True), generator)
+    walks: list[RolloutBatch] = []
+    for walk in collector.take_walks(zip(indices, seeds, strict=True), generator):
+        walks.append(walk)
+        if on_walk is not None:
+            on_walk(_result(walks, count))
+    return _result(walks, count)
 
+
+def _result(walks: Sequence[RolloutBatch], count: int) -> EvaluationResult:
     def column(name: str) -> np.ndarray:
         return torch.cat([getattr(walk, name) for walk in walks]).cpu().numpy()[:count]
 

@@ -112,6 +112,7 @@ class ExampleSet:
         num_tokens: (N,) int64, completion tokens of each example, all its completions together.
         pass_tokens: (N,) int64, K times the longest completion of each example with its prompt: tokens that it takes of a pass at most.
         reference_log_probs: (C,) float32, once an agent has worked them out.
+        places: (N,) int64, which row of its source each example was; rows that `max_tokens` left out are missing.
     """
 
     def __init__(self, examples: Sequence[Example], tokens: Sequence[TokenisedExample]) -> None:
@@ -133,6 +134,7 @@ class ExampleSet:
         longest = np.where(index >= 0, self.pair_lengths[index], 0).max(axis=1)
         self.pass_tokens = torch.from_numpy(index.shape[1] * longest)
         self.reference_log_probs: Tensor | None = None
+        self.places: IntArray = np.arange(len(tokens))
 
     def __len__(self) -> int:
         return len(self.labels)

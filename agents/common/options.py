@@ -1,7 +1,9 @@
 """The options that agents take by keyword, and their defaults."""
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict, get_args, get_type_hints
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
@@ -97,10 +99,43 @@ DEFAULTS: AgentOptions = {
 }
 
 
-def with_defaults(options: AgentOptions) -> AgentOptions:
-    """Fills in the defaults of an online agent and refuses what is not an option or out of range."""
+def arguments_of(kind: type) -> dict[str, Any]:
+    """Returns the types of what an agent's constructor takes, its own arguments and those that it passes on, by name."""
+    hints = get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
+    own = {name: hints.get(name, Any) for name in list(inspect.signature(kind).parameters) if name != "options"}
+    # `**options: Unpack[...]`: the names are those of the TypedDict.
+    inherited = get_type_hints(get_args(hints["options"])[0]) if "options" in hints else {}
+    return {**own, **inherited}
+
+
+def default_arguments(kind: type) -> dict[str, Any]:
+    """Returns the defaults of what an agent's constructor takes, by name; arguments that must be given are missing."""
+    found: dict[str, Any] = {**DEFAULTS}
+    for cls in reversed(kind.__mro__):
+        if cls is not object and "__init__" in vars(cls):
+            parameters = inspect.signature(cls).parameters.values()
+            found |= {one.name: one.default for one in parameters if one.default is not one.empty}
+    return {name: found[name] for name in arguments_of(kind) if name in found}
+
+
+def unknown_argument(kind: type, name: str) -> TypeError:
+    """Returns the error for an argument that a class does not have: as Python's own, and what may be meant, and what there is."""
+    possible = list(arguments_of(kind))
+    close = difflib.get_close_matches(name, possible, n=1)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    return TypeError(f"{kind.__name__} has no argument `{name}`.{hint} It has: {', '.join(possible)}.")
+
+
+def _check_names(kind: type, given: set[str], known: set[str]) -> None:
+    for name in sorted(given - known):
+        raise unknown_argument(kind, name)
+
+
+def with_defaults(options: AgentOptions, kind: type) -> AgentOptions:
+    """Fills in the defaults of an online agent, a `kind`, and refuses what is not an option or out of range."""
+    _check_names(kind, set(options), set(DEFAULTS))
     settings: AgentOptions = {**DEFAULTS, **options}
-    _check_common(settings, set(options) - set(DEFAULTS), sorted(DEFAULTS))
+    _check_common(settings)
     for name in ("rollout_size", "num_generations"):
         if settings[name] is not None:
             check_count(name, settings[name], "completions")
@@ -110,16 +145,15 @@ def with_defaults(options: AgentOptions) -> AgentOptions:
     return settings
 
 
-def with_common_defaults(options: CommonOptions) -> CommonOptions:
-    """Fills in the defaults of an offline agent and refuses what is not an option or out of range."""
+def with_common_defaults(options: CommonOptions, kind: type) -> CommonOptions:
+    """Fills in the defaults of an offline agent, a `kind`, and refuses what is not an option or out of range."""
+    _check_names(kind, set(options), set(COMMON_DEFAULTS))
     settings: CommonOptions = {**COMMON_DEFAULTS, **options}
-    _check_common(settings, set(options) - set(COMMON_DEFAULTS), sorted(COMMON_DEFAULTS))
+    _check_common(settings)
     return settings
 
 
-def _check_common(settings: CommonOptions, unknown: set[str], known: list[str]) -> None:
-    if unknown:
-        raise TypeError(f"Unknown argument(s) {sorted(unknown)}; the options are {known}.")
+def _check_common(settings: CommonOptions) -> None:
     if settings["micro_batch_size"] is not None:
         check_count("micro_batch_size", settings["micro_batch_size"], "completions")
     if settings["micro_batch_tokens"] is not None:

@@ -7,7 +7,7 @@ policy acts on what it really sees, one cached decode step per environment step.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,13 @@ class RolloutCollector:
             generator: see `start_walk`.
             on_step: see `start_walk`.
         """
-        return list(in_turn(self.start_walk(prompt_indices, generator, on_step, seed) for prompt_indices, seed in starts))
+        return list(self.take_walks(starts, generator, on_step))
+
+    def take_walks(
+        self, starts: Iterable[tuple[IntArray | None, int | None]], generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Iterator[RolloutBatch]:
+        """The same, each walk as soon as it is over."""
+        return in_turn(self.start_walk(prompt_indices, generator, on_step, seed) for prompt_indices, seed in starts)
 
     def start_walk(
         self, prompt_indices: IntArray | None, generator: torch.Generator, on_step: OnStep | None = None, seed: int | None = None

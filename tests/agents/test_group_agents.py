@@ -126,7 +126,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "epochs": ({"n_epochs": 0}, "`n_epochs`"),
     "batch": ({"batch_size": 0}, "`batch_size`"),
     "beta": ({"beta": -1.0}, "`beta`"),
-    "unknown": ({"epsilon": 0.2}, "Unknown argument"),
+    "unknown": ({"epsilon": 0.2}, "has no argument `epsilon`"),
 }
 
 

@@ -289,7 +289,10 @@ def test_what_rewards_log_is_in_the_agents_log(task) -> None:
 BAD = {
     "rollout_size": ({"rollout_size": 48}, "multiple of the number of environments"),
     "num_generations": ({"num_generations": 3}, "must divide"),
-    "unknown": ({"learning_rat": 1}, "Unknown argument"),
+    "unknown": (
+        {"learning_rat": 1},
+        r"PPO has no argument `learning_rat`. Did you mean `learning_rate`\? It has: .*beta, .*clip_range, .*rollout_size",
+    ),
     "beta": ({"beta": -1.0}, "`beta`"),
     "critic": ({"critic": "big"}, "`critic`"),
     "clip": ({"clip_range": "wide"}, "`clip_range`"),

@@ -171,7 +171,7 @@ BAD = {
     "floor above V": ({"min_tokens_to_keep": 6}, "`min_tokens_to_keep` must be .* at most 5"),
     "interval": ({"mask_refresh_interval": 0}, "`mask_refresh_interval`"),
     "one of PPO's": ({"n_epochs": 0}, "`n_epochs`"),
-    "unknown": ({"target_update_iterations": 20}, "Unknown argument"),
+    "unknown": ({"target_update_iterations": 20}, "NLPO has no argument `target_update_iterations`. It has: .*top_p, .*n_epochs, "),
 }
 
 

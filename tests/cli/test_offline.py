@@ -19,10 +19,17 @@ from textgym.tokenizers import decode
 DEVICE = os.environ.get("TEXTGYM_TEST_DEVICE", "cpu")
 QUICK = ["--device", DEVICE, "--max-new-tokens", "8", "--total-timesteps", "400"]
 exact = pytest.mark.skipif(DEVICE != "cpu", reason="runs are bit-identical on the CPU only")
+THINGS = ("plot", "film", "story", "music", "acting", "ending", "cast", "director", "script", "movie", "picture", "scene")  # 12 prompts
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
-    "sft": [{"prompt": f"the plot {word}", "completion": " was good."} for word in ("of this", "and the") for _ in range(6)],
-    "dpo": [{"prompt": "the plot", "chosen": " was good.", "rejected": f" was {word}."} for word in ("bad", "dull", "slow", "silly") * 3],
-    "kto": [{"prompt": "the plot", "completion": f" was {word}.", "label": word == "good"} for word in ("bad", "good") * 6],
+    "sft": [{"prompt": f"the {thing}", "completion": " was good."} for thing in THINGS],
+    "dpo": [
+        {"prompt": f"the {thing}", "chosen": " was good.", "rejected": f" was {word}."}
+        for thing, word in zip(THINGS, ("bad", "dull", "slow", "silly") * 3, strict=True)
+    ],
+    "kto": [
+        {"prompt": f"the {thing}", "completion": f" was {word}.", "label": word == "good"}
+        for thing, word in zip(THINGS, ("bad", "good") * 6, strict=True)
+    ],
 }
 COMMANDS = {"sft": ["sft", "--examples"], "dpo": ["train", "dpo", "--preferences"], "kto": ["train", "kto", "--preferences"]}
 everyone = pytest.mark.parametrize("kind", COMMANDS)
@@ -155,12 +162,16 @@ def test_plain_texts_are_begun_and_gone_on_with(textgym, file) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("sft --examples nowhere.jsonl", "--examples: `examples` given as a path must be a file"),
+        ("sft --examples nowhere.jsonl", "--examples given as a path must be a file"),
         ("sft --examples bad.jsonl", "bad.jsonl' must have the columns prompt and completion"),
         ("sft --examples one.jsonl", "one.jsonl holds one row"),
-        ("sft --model ./nowhere", "--model: `path`: there is no folder"),
+        ("sft --examples same.jsonl", "same.jsonl holds 3 rows of one prompt, so no prompt can be held out: give --held-out too"),
+        ("sft --examples empty.jsonl", "empty.jsonl is empty: it must hold one JSON object per line"),
+        ("sft --examples two.jsonl --held-out one.jsonl", "has 1 of its 1 prompts in common with --examples"),
+        ("sft --examples one.jsonl --held-out nowhere.jsonl", "--held-out given as a path must be a file"),
+        ("sft --model ./nowhere", "--model: there is no folder"),
         ("sft --model other", "--examples must be given with --model"),
-        ("sft --epochs 0", "`n_epochs` must be"),
+        ("sft --epochs 0", "--epochs must be"),
         ("sft --set rollout_size=3", "SFT has no such argument"),
         ("sft --set beta=3", "has an option of its own"),
         ("sft --resume nowhere", "there is no run"),
@@ -169,14 +180,17 @@ def test_plain_texts_are_begun_and_gone_on_with(textgym, file) -> None:
         ("train dpo --prompts one.jsonl", "--prompts cannot be given with dpo: it samples nothing and learns from --preferences"),
         ("train kto --num-envs 3", "--num-envs cannot be given with kto"),
         ("train ppo --preferences one.jsonl", "--preferences cannot be given with ppo"),
-        ("train dpo --beta 0", "`beta` must be a number above 0"),
+        ("train dpo --beta 0", "--beta must be a number above 0"),
         ("train sft", "'sft' is not one of"),
     ],
 )
 def test_one_sentence(textgym, save_model, capsys, arguments: str, sentence: str) -> None:
     Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"question": "a"}\n')
     Path("one.jsonl").write_text('{"prompt": "the", "completion": " plot"}\n')
-    Path("ids.jsonl").write_text('{"prompt_ids": [5], "completion_ids": [6]}\n' * 4)
+    Path("ids.jsonl").write_text("".join(f'{{"prompt_ids": [{i}], "completion_ids": [6]}}\n' for i in range(5, 9)))
+    Path("same.jsonl").write_text('{"prompt": "the", "completion": " plot"}\n' * 3)
+    Path("empty.jsonl").write_text("\n  \n")
+    Path("two.jsonl").write_text('{"prompt": "the", "completion": " plot"}\n{"prompt": "a", "completion": " plot"}\n')
     save_model("other", 0)
     before = sorted(Path().rglob("*"))
     assert textgym(*arguments.split()) == 2

@@ -139,7 +139,8 @@ def test_held_out_prompts_are_not_trained_on() -> None:
     rows = [{"prompt": f"p {i}", "answer": i} for i in range(100)]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        train, held_out = load_prompts(TrainSettings("ppo", prompts="p.jsonl"))
+        sides = load_prompts(TrainSettings("ppo", prompts="p.jsonl"))
+        train, held_out = sides.train, sides.held_out
         texts = read_prompts("p.jsonl")[0]
     finally:
         Path("p.jsonl").unlink()

@@ -1,11 +1,15 @@
 """Errors of the command line: one sentence on stderr and exit code 2, no traceback."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from types import TracebackType
+from typing import Any, NoReturn
 
 import typer
+
+from textgym.cli.translating import translated, vocabulary_of
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
@@ -19,10 +23,19 @@ class LinesError(UserError):
     """The same in several short lines, such as one for each kind of bad row."""
 
 
-def fail(error: BaseException | str) -> NoReturn:
-    """Prints one line about `error` (of a `LinesError` each of its lines) to stderr and ends the command."""
-    print(f"textgym: {error if isinstance(error, LinesError) else one_line(error)}", file=sys.stderr)
+def fail(error: BaseException | str, further: str = "") -> NoReturn:
+    """Prints one line about `error` (of a `LinesError` each of its lines) to stderr, with `further` behind it, and ends the command."""
+    print(f"textgym: {told(error)}{further}", file=sys.stderr)
     raise typer.Exit(EXIT_USER_ERROR)
+
+
+def told(error: BaseException | str) -> str:
+    """Returns what an error says in its line or lines, in words that can be typed; what code of the user's says stays as it is."""
+    lines = str(error).splitlines() if isinstance(error, LinesError) else [one_line(error)]
+    if not _is_others(error):
+        vocabulary = vocabulary_of(_context())
+        lines = [translated(line, vocabulary) for line in lines]
+    return "\n".join(lines)
 
 
 def one_line(error: BaseException | str) -> str:
@@ -31,6 +44,25 @@ def one_line(error: BaseException | str) -> str:
     if isinstance(error, UserError | ValueError | str) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_others(error: BaseException | str) -> bool:
+    """Whether an error, or what a `UserError` was made of, was raised by code that is not this package's."""
+    if isinstance(error, UserError) and error.__cause__ is not None:
+        error = error.__cause__
+    trace: TracebackType | None = None if isinstance(error, str) else error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and not str(trace.tb_frame.f_globals.get("__name__", "")).startswith("textgym")
+
+
+def _context() -> Any:
+    """Returns the context of the command that runs, None where none does."""
+    try:
+        click = importlib.import_module("typer._click.globals")  # newer versions of typer have a click of their own
+    except ImportError:
+        click = importlib.import_module("click.globals")
+    return click.get_current_context(silent=True)
 
 
 @contextmanager

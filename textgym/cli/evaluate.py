@@ -196,6 +196,8 @@ def run(settings: EvaluateSettings) -> None:
 
 
 def _check(settings: EvaluateSettings) -> None:
+    from textgym.cli.workplace import check_model_paths, check_writable
+
     rules = (
         ("--best-of", settings.best_of >= 1, "at least 1", settings.best_of),
         ("--num-generations", settings.num_generations >= 1, "at least 1", settings.num_generations),
@@ -210,6 +212,8 @@ def _check(settings: EvaluateSettings) -> None:
     there = [] if settings.out is None else [name for name in FILES if (settings.out / name).exists()]
     if there and not settings.force:
         raise UserError(f"--out {settings.out} holds a {there[0]} already: choose another folder, or replace it with --force.")
+    check_model_paths({"--model": settings.model, "--against": settings.against, "--reference": settings.reference})
+    check_writable(settings.out)
 
 
 def _sides(settings: EvaluateSettings) -> _Sides:
@@ -271,7 +275,7 @@ def _prompts(settings: EvaluateSettings, training: TrainSettings) -> list[dict[s
     if settings.prompts is not None:
         return read_prompt_rows("--prompts", settings.prompts)
     if training.prompts is not None or training.eval_prompts is not None or (training.model is None and training.examples is None):
-        return load_prompts(training)[1]
+        return load_prompts(training).held_out
     raise UserError("--prompts must be given: held-out prompts for this model, a .jsonl file with a column prompt.")
 
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from textgym.bundled import bundled_model_path, bundled_prompts
+from textgym.cli.algorithms import REWARD
 from textgym.cli.errors import UserError
 from textgym.cli.measuring import text_of
 from textgym.cli.run_folder import RunFolder
-from textgym.cli.workplace import load_policy, quiet_transformers
+from textgym.cli.workplace import Precision, load_policy, model_path, quiet_transformers
 from textgym.prompts import PromptText, read_prompts
 
 DEFAULT_PROMPTS = 5  # bundled held-out prompts, for a model that knows them
@@ -34,6 +35,8 @@ class GenerateSettings:
     seed: int | None
     device: str
     json_lines: bool
+    dtype: str = "auto"
+    autocast: str | None = None
 
 
 def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | None) -> None:
@@ -42,7 +45,7 @@ def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | 
     quiet_transformers()
     path, knows_bundled = _model(settings.model)
     prompts = _prompts(arguments, file, knows_bundled)
-    policy = load_policy("--model", path, settings.device)
+    policy = load_policy("--model", path, settings.device, precision=Precision(settings.dtype, settings.autocast))
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "num_generations", "top_k", "top_p")}
     if settings.seed is not None:
         policy.seed(settings.seed)
@@ -74,7 +77,9 @@ def _model(given: str | None) -> tuple[str, bool]:
     if given is None:
         return str(bundled_model_path()), True
     run = RunFolder.of_model(given)
-    return (given, False) if run is None else (str(run.model), run.settings().model is None)
+    if run is None:
+        return model_path("--model", given), False
+    return str(run.model), run.algorithm != REWARD and run.settings().model is None
 
 
 def _prompts(arguments: Sequence[str], file: Path | None, knows_bundled: bool) -> list[PromptText]:

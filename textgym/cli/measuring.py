@@ -1,12 +1,13 @@
 """Measuring a policy on held-out prompts: reward, true reward, KL and sample texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.agents.common.environments import attribute
 from textgym.agents.common.evaluation import Evaluation, EvaluationResult, evaluate_policy
 from textgym.prompts import PromptText
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from textgym.agents.base import Agent
 
 EPISODES = 200  # of the measurement before and after training: standard errors of a few hundredths
+FEWER_EPISODES = ((1_000_000_000, 32), (10_000_000, 64))  # of models above so many parameters, whose completions take their time
 SEED = 20_000  # of those episodes: before and after see the same prompts in the same order
 
 
@@ -29,6 +31,7 @@ class Measurement:
         ended: the share of completions that came to their end by EOS.
         loss: of an offline algorithm on held-out examples.
         accuracy: of DPO on held-out preferences: the share in whose order the implicit rewards are.
+        completions: how many completions the means are over.
     """
 
     reward: float | None
@@ -38,6 +41,13 @@ class Measurement:
     ended: float
     loss: float | None = None
     accuracy: float | None = None
+    completions: int = 0
+
+
+def default_completions(policy: Any) -> int:
+    """Returns how many completions of a policy are measured where nobody says it: fewer of larger models."""
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    return min([count for least, count in FEWER_EPISODES if parameters > least], default=EPISODES)
 
 
 def true_rewards(result: EvaluationResult, true_name: str) -> float:
@@ -45,10 +55,25 @@ def true_rewards(result: EvaluationResult, true_name: str) -> float:
     return float(np.nanmean([info["rewards"][true_name] for info in result.infos]))
 
 
-def measure(agent: Any, environment: Any, true_name: str | None) -> tuple[Measurement, list[dict[str, Any]]]:
-    """Returns the means and one row per episode: prompt, completion, finish_reason, rewards and KL."""
-    result = evaluate_policy(agent.policy, environment, agent.reference, episodes=EPISODES, seed=SEED)
+def measure(
+    agent: Any, environment: Any, true_name: str | None, completions: int, on_walk: Callable[[EvaluationResult], None] | None = None
+) -> tuple[Measurement, list[dict[str, Any]]]:
+    """Returns the means and one row per episode: prompt, completion, finish_reason, rewards and KL.
+
+    Args:
+        agent: whose policy is measured.
+        environment: over held-out prompts.
+        true_name: the name of the reward that is only measured.
+        completions: how many are sampled.
+        on_walk: see `evaluate_policy`.
+    """
+    result = evaluate_policy(agent.policy, environment, agent.reference, episodes=completions, seed=SEED, on_walk=on_walk)
     held_out = agent.evaluation.held_out_numbers(agent) if isinstance(agent.evaluation, OfflineEvaluation) else {}
+    return summarise(result, true_name, held_out)
+
+
+def summarise(result: EvaluationResult, true_name: str | None, held_out: Mapping[str, float]) -> tuple[Measurement, list[dict[str, Any]]]:
+    """Returns the means and the rows of what was sampled; `held_out` are the numbers of an offline algorithm on held-out examples."""
     measurement = Measurement(
         reward=None if UNMEASURED in result.infos[0]["rewards"] else result.reward_mean,
         true_reward=None if true_name is None else true_rewards(result, true_name),
@@ -57,12 +82,14 @@ def measure(agent: Any, environment: Any, true_name: str | None) -> tuple[Measur
         ended=float(np.mean([info["finish_reason"] == "eos" for info in result.infos])),
         loss=held_out.get("eval/loss"),
         accuracy=held_out.get("eval/accuracy"),
+        completions=len(result.infos),
     )
-    for info in result.infos:
-        info["rewards"] = {name: value for name, value in info["rewards"].items() if name != UNMEASURED}
     names = ("prompt", "completion", "finish_reason", "rewards")
     kls = result.kl_per_sequence.tolist()
-    return measurement, [{**{name: info[name] for name in names}, "kl": kl} for info, kl in zip(result.infos, kls, strict=True)]
+    rows = [{**{name: info[name] for name in names}, "kl": kl} for info, kl in zip(result.infos, kls, strict=True)]
+    for row in rows:
+        row["rewards"] = {name: value for name, value in row["rewards"].items() if name != UNMEASURED}
+    return measurement, rows
 
 
 class MeasuredEvaluation(Evaluation):
@@ -79,6 +106,11 @@ class MeasuredEvaluation(Evaluation):
     def __init__(self, env: Any, true_name: str | None, interval: int, best_model_path: Path | None, max_kl: float | None) -> None:
         super().__init__(env, interval=interval, best_model_path=best_model_path, max_kl=max_kl)
         self.true_name = true_name
+
+    def at_most(self, completions: int) -> None:
+        """Measures one completion of each prompt, but of so many prompts at most."""
+        prompts = attribute(self.env, "num_prompts")
+        self.episodes = completions if prompts is None else min(int(prompts), completions)
 
     def run(self, agent: "Agent") -> EvaluationResult:
         """Evaluates now, and logs."""

@@ -1,65 +1,85 @@
 """From settings to an agent that learns from examples: `textgym sft` and `textgym train dpo|kto`."""
 
-import random
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import gymnasium
 from stable_baselines3.common.utils import LinearSchedule
 
+from textgym.agents.common.options import arguments_of
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.cli import default_data
 from textgym.cli.algorithms import SFT, agent_class
-from textgym.cli.errors import UserError, one_line
+from textgym.cli.errors import UserError
 from textgym.cli.measuring import UNMEASURED, OfflineEvaluation, unmeasured
 from textgym.cli.run_folder import RunFolder
+from textgym.cli.schedules import schedule, with_schedules
 from textgym.cli.settings import TrainSettings
+from textgym.cli.splitting import Row, Split, given_sides, prompt_key, shared_prompts, split_rows
 from textgym.cli.workplace import (
-    MAX_EVALUATION_ROWS,
-    MAX_HELD_OUT,
-    Row,
+    Prepared,
     check_device,
     load_policies,
     load_policy,
     load_rewards,
+    make_environment,
+    read_file,
     read_prompt_rows,
+    unknown_options,
 )
 from textgym.feedback.rows import parse_comparison
 from textgym.prompts import PromptText, read_rows
 from textgym.rewards import RewardSet
-from textgym.tokenizers import load_tokenizer
 
 BEGINNING_WORDS = 5  # of a plain text without a prompt, to sample from
 EVALUATIONS = 20
 BUNDLED_PASSES = 2  # over the bundled preferences, of which there are few
 
 
-def make_agent(settings: TrainSettings, folder: RunFolder, options: dict[str, Any]) -> tuple[Any, Any, str | None]:
-    """Returns an agent with its examples, the environment over held-out prompts, and the name of the reward that is only measured."""
+def make_agent(settings: TrainSettings, folder: RunFolder) -> Prepared:
+    """Returns an agent with its examples, and the environment over held-out prompts."""
     policy, reference = load_policies(settings)
+    options = dict(settings.options)
     if settings.algorithm != SFT:
         passes = {"n_epochs": BUNDLED_PASSES} if settings.examples is None else {}
         options = {"beta": settings.beta, **passes, **options}
     elif reference is None:
         reference = policy.reference()  # what KL is measured to
-    falling = LinearSchedule(settings.step_size, 0.0, 1.0)
-    agent = agent_class(settings.algorithm)(policy, None, falling, reference=reference, seed=settings.seed, **options)
-    train, held_out = load_examples(settings, agent)
-    environment, true_name = make_environment(settings, held_out, policy.tokenizer)
-    agent.evaluation = _evaluation(settings, held_out, environment, true_name, folder)
-    agent.connect(train)
+    kind, step_size = agent_class(settings.algorithm), settings.step_size
+    falling = schedule(step_size) if isinstance(step_size, str) else LinearSchedule(step_size, 0.0, 1.0)
+    with unknown_options():
+        agent = kind(policy, None, falling, reference=reference, seed=settings.seed, **with_schedules(options, arguments_of(kind)))
+    return _connected(settings, agent, folder)
+
+
+def load_agent(settings: TrainSettings, folder: RunFolder) -> Prepared:
+    """The same from the checkpoint in a run folder.
+
+    Raises:
+        UserError: the file of examples is not what it was.
+    """
+    agent = agent_class(settings.algorithm).load(folder.checkpoint, None, device=check_device(settings.device))
+    position = agent.position()
+    prepared = _connected(settings, agent, folder)
+    if position is not None and agent.examples.fingerprint() != position["fingerprint"]:
+        name = _option(settings)
+        raise UserError(f"--resume {folder.path}: {name} {settings.examples} holds other rows than when the run began; start a new run.")
+    state = json.loads((folder.checkpoint / "agent.json").read_text(encoding="utf-8"))["state"]["evaluation"]
+    if state is not None:
+        agent.evaluation.load_state_dict(state)
+    return prepared
+
+
+def _connected(settings: TrainSettings, agent: Any, folder: RunFolder) -> Prepared:
+    """Gives an agent its examples and its evaluation."""
+    examples = load_examples(settings, agent)
+    environment, true_name = make_held_out(settings, examples.held_out, agent.policy.tokenizer)
+    agent.evaluation = OfflineEvaluation(
+        examples.held_out, bool(settings.reward), environment, true_name, 1, folder.best_model, settings.max_kl
+    )
+    agent.connect(examples.train)
     agent.evaluation.interval = settings.eval_interval or _interval(agent)
-    return agent, environment, true_name
-
-
-def load_agent(settings: TrainSettings, folder: RunFolder) -> tuple[Any, Any, str | None]:
-    """The same from the checkpoint in a run folder."""
-    kind = agent_class(settings.algorithm)
-    train, held_out = load_examples(settings, None)
-    environment, true_name = make_environment(settings, held_out, load_tokenizer(folder.checkpoint / "model"))
-    evaluation = _evaluation(settings, held_out, environment, true_name, folder)
-    agent = kind.load(folder.checkpoint, train, device=check_device(settings.device), evaluation=evaluation)
-    evaluation.interval = settings.eval_interval or _interval(agent)
-    return agent, environment, true_name
+    return Prepared(agent, environment, true_name, examples)
 
 
 def count_passes(settings: TrainSettings, agent: Any) -> int:
@@ -67,28 +87,55 @@ def count_passes(settings: TrainSettings, agent: Any) -> int:
     return settings.total_timesteps or agent.n_epochs * int(agent.examples.num_tokens.sum())
 
 
-def load_examples(settings: TrainSettings, agent: Any) -> tuple[list[Row], list[Row]]:
-    """Returns the examples to train on and a random tenth of them (at most 64) that is held out.
+def load_examples(settings: TrainSettings, agent: Any) -> Split:
+    """Returns the examples to train on and those of a random tenth of the prompts (at most 64 rows), or of `--held-out`.
 
     Args:
         settings: the run's.
-        agent: reads the whole file first, so that an error names the right row; None for a file that was read before.
+        agent: reads the whole file first, so that an error names the right row; what it leaves out is on neither side.
+
+    Raises:
+        UserError: a file is not as it should be, or all rows have the same prompt.
     """
-    name = "--examples" if settings.algorithm == SFT else "--preferences"
+    name = _option(settings)
     if settings.examples is None:
-        rows = _default_rows(settings, name)
-    else:
-        try:
-            rows = read_rows(settings.examples, name.removeprefix("--"), forms="the path of a .jsonl or .jsonl.gz file")
-            if agent is not None:
-                agent.read(settings.examples)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{name}: {one_line(error)}") from error
-    if len(rows) < 2:
-        raise UserError(f"{name} {settings.examples} holds one row, so none can be held out.")
-    random.Random(settings.seed).shuffle(rows)
-    count = min(MAX_HELD_OUT, max(1, len(rows) // 10))
-    return rows[count:], rows[:count]
+        return split_rows(_default_rows(settings, name), _key(agent), settings.seed, f"{name}: give more.")
+    rows, left_out = _read(name, settings.examples, agent)
+    if settings.held_out is None:
+        cure = f"{name} {settings.examples}: give --held-out too."
+        return split_rows(rows, _key(agent), settings.seed, cure, left_out)
+    held_out, more = _read("--held-out", settings.held_out, agent)
+    split = given_sides(rows, held_out, _key(agent), left_out + more)
+    if shared := shared_prompts(split, _key(agent)):
+        raise UserError(
+            f"--held-out {settings.held_out} has {shared:,} of its {split.held_out_prompts:,} prompts in common with {name}: what is "
+            "trained on cannot be held out; take those rows out of one of the files."
+        )
+    return split
+
+
+def _option(settings: TrainSettings) -> str:
+    return "--examples" if settings.algorithm == SFT else "--preferences"
+
+
+def _read(name: str, path: str, agent: Any) -> tuple[list[Row], int]:
+    """Returns the rows of a file that the agent reads, and how many it leaves out."""
+
+    def read(path: str) -> tuple[list[Row], Sequence[int]]:
+        return read_rows(path, name.removeprefix("--"), forms="the path of a .jsonl or .jsonl.gz file"), agent.read(path).places.tolist()
+
+    rows, places = read_file(name, path, read)
+    return [rows[place] for place in places], len(rows) - len(places)
+
+
+def _key(agent: Any) -> Callable[[Row], str]:
+    """Returns what tells the prompt of an example from others; a plain text is its own."""
+
+    def key(row: Row) -> str:
+        example = type(agent).parse(row, "a row")
+        return prompt_key(example.completions[0] if example.prompt is None else example.prompt)
+
+    return key
 
 
 def _default_rows(settings: TrainSettings, name: str) -> list[Row]:
@@ -101,35 +148,25 @@ def _default_rows(settings: TrainSettings, name: str) -> list[Row]:
     return make(policy, settings.seed, settings.max_new_tokens)
 
 
-def make_environment(settings: TrainSettings, held_out: list[Row], tokenizer: Any) -> tuple[Any, str | None]:
+def make_held_out(settings: TrainSettings, held_out: list[Row], tokenizer: Any) -> tuple[Any, str | None]:
     """Returns the environment over held-out prompts and the name of the reward that is only measured.
 
-    The prompts are those of `--eval-prompts`, the bundled ones beside the bundled data, else those of the held-out examples.
+    The prompts are those of `--eval-prompts`, the bundled ones beside the bundled data, else those of the held-out examples, each once.
     """
-    import textgym.envs  # noqa: F401  (registers the id)
-
     if settings.eval_prompts is not None:
         prompts: list[Row] = read_prompt_rows("--eval-prompts", settings.eval_prompts)
     elif settings.examples is None:
         prompts = list(bundled_prompts("eval"))
     else:
-        prompts = [{**row, "prompt": prompt_of(row)} for row in held_out]
-    if settings.reward:
-        rewards = load_rewards(settings)
-        reward, true_name = rewards.measured, rewards.true_name
-    else:
-        reward, true_name = RewardSet.build([unmeasured], [1.0], [UNMEASURED]), None
-    environment = gymnasium.make_vec(
-        "TextGen-v0",
-        num_envs=min(len(prompts), MAX_EVALUATION_ROWS),
-        prompts=prompts,
-        tokenizer=tokenizer,
-        reward=reward,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        truncate_prompts=settings.truncate_prompts,
-    )
-    return environment, true_name
+        once: dict[str, Row] = {}
+        for row in held_out:
+            prompt = prompt_of(row)
+            once.setdefault(prompt_key(prompt), {**row, "prompt": prompt})
+        prompts = list(once.values())
+    if not settings.reward:
+        return make_environment(settings, prompts, tokenizer, RewardSet.build([unmeasured], [1.0], [UNMEASURED])), None
+    rewards = load_rewards(settings)
+    return make_environment(settings, prompts, tokenizer, rewards.measured), rewards.true_name
 
 
 def prompt_of(row: Row) -> PromptText:
@@ -144,12 +181,6 @@ def prompt_of(row: Row) -> PromptText:
     if row.get("text") is not None:
         return " ".join(str(row["text"]).split()[:BEGINNING_WORDS])
     raise UserError("--eval-prompts must be given with examples that are ids: there are no texts to sample from.")
-
-
-def _evaluation(
-    settings: TrainSettings, held_out: list[Row], environment: Any, true_name: str | None, folder: RunFolder
-) -> OfflineEvaluation:
-    return OfflineEvaluation(held_out, bool(settings.reward), environment, true_name, 1, folder.best_model, settings.max_kl)
 
 
 def _interval(agent: Any) -> int:

@@ -179,7 +179,7 @@ def _check(settings: PipelineSettings) -> None:
             f"--algorithm must be one that samples, not {settings.algorithm}: textgym train {settings.algorithm} learns from files."
         )
     from textgym.agents import RewardModelTrainer
-    from textgym.cli.workplace import check_options
+    from textgym.cli.arguments import check_options
 
     check_options(settings.options, agent_class(settings.algorithm), RESERVED)
     check_options(settings.reward_model_options, RewardModelTrainer, REWARD_MODEL_RESERVED, "--set-reward-model")
@@ -250,7 +250,8 @@ def _make(settings: PipelineSettings, folder: Path) -> "tuple[RLHF, list[dict[st
     from textgym.cli.workplace import load_policy, load_prompts
 
     training = settings.training
-    prompts, held_out = load_prompts(training)
+    sides = load_prompts(training)
+    prompts, held_out = sides.train, sides.held_out
     policy = load_policy("--model", settings.model or str(bundled_model_path()), settings.device)
     demonstrations: Any = settings.demonstrations
     if demonstrations is None and settings.model is None:

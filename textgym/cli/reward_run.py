@@ -16,13 +16,13 @@ from textgym.agents.reward_model_trainer import RewardModelTrainer
 from textgym.bundled import bundled_model_path
 from textgym.cli import default_data
 from textgym.cli.algorithms import REWARD
+from textgym.cli.arguments import check_options
 from textgym.cli.errors import UserError, one_line
 from textgym.cli.plots import REWARD_MODEL_PANELS, plot_curves, plot_reliability
 from textgym.cli.reward import RewardSettings
 from textgym.cli.run_folder import RunFolder, write_json
-from textgym.cli.train import unknown_options
 from textgym.cli.training import Training
-from textgym.cli.workplace import check_device, check_options, load_policy, quiet_transformers
+from textgym.cli.workplace import check_device, load_policy, quiet_transformers, unknown_options
 from textgym.evaluation import Estimate, RewardModelReport
 from textgym.feedback import Comparison, Judgements, Label, Marking, Ranking, Record, SegmentPair, read_feedback
 from textgym.prompts import PromptText, read_rows

@@ -6,7 +6,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -39,7 +39,7 @@ class RunFolder:
     """Where a run writes.
 
     ========================  =====================================================================================
-    config.json               the settings, versions, and the date of the start
+    config.json               the settings, versions, date of the start, and how many rows there are
     progress.csv              one row per iteration; `progress-2.csv`, ... after each resume
     tensorboard/              the same as TensorBoard events
     checkpoint/               the agent: continues exactly
@@ -88,15 +88,45 @@ class RunFolder:
         return folder
 
     def _is_free(self) -> bool:
-        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or self._holds_nothing_but_an_error()
 
-    def create(self, settings: Settings) -> None:
-        """Makes the folder, in the place of the run that is there, and writes `config.json`."""
-        if not self._is_free():
+    def _holds_nothing_but_an_error(self) -> bool:
+        """Whether its run failed before anything was measured."""
+        return self.path.is_dir() and {item.name for item in self.path.iterdir()} == {self.config.name, self.error.name}
+
+    def create(self, settings: Settings, **further: Any) -> None:
+        """Makes the folder, in the place of the run that is there, and writes `config.json`, with `further` entries."""
+        if self.path.is_dir() and any(self.path.iterdir()):
             shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        document = {"settings": settings.to_json(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions()}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be made: {error.strerror or error}.") from error
+        document = {"settings": settings.to_json(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions(), **further}
         write_json(self.config, document)
+
+    def set_aside(self) -> None:
+        """Moves the run that is in the folder out of the way, until `settle` or `give_back` says what becomes of it."""
+        if self.path.is_dir():
+            shutil.rmtree(self._aside, ignore_errors=True)
+            try:
+                self.path.rename(self._aside)
+            except OSError as error:
+                raise UserError(f"--out {self.path} cannot be replaced: {error.strerror or error}.") from error
+
+    def settle(self) -> None:
+        """Removes the run that was set aside, if there was one."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def give_back(self) -> None:
+        """Puts the run that was set aside back in the place of the new one, if there was one."""
+        if self._aside.is_dir() and any(self._aside.iterdir()):
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._aside.rename(self.path)
+
+    @property
+    def _aside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.replaced")
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -199,6 +229,14 @@ class RunFolder:
 TIMESTEPS = "time/total_timesteps"
 
 
+def is_run_config(path: Path) -> bool:
+    """Whether a `config.json` is that of a run, and not of a model."""
+    try:
+        return path.is_file() and "settings" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 def new_path(parent: Path, algorithm: str) -> Path:
     """Returns a path that does not exist: two runs may start in the same second."""
     path = parent / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -221,8 +259,26 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes a JSON document."""
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    """Writes a JSON document; what is there is replaced only when all of the new one is on the disk."""
+    fresh = path.with_name(f".{path.name}.saving")
+    try:
+        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def save_whole(save: Callable[[Path], object], folder: Path) -> None:
+    """Has a folder written by `save`; what is there is replaced only when all of the new one is on the disk."""
+    fresh = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        save(fresh)
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.replace(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,10 @@
 """The middle of every command that trains: learn, log, save now and then, and keep what there is when something ends it."""
 
+import json
+import shutil
 import traceback
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,13 +13,22 @@ from rich.console import Console
 from textgym.agents.common.progress import ProgressCallback
 from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
 from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
-from textgym.cli.run_folder import RunFolder
+from textgym.cli.run_folder import RunFolder, save_whole
 from textgym.cli.workplace import limit_threads
 
 if TYPE_CHECKING:
     from textgym.agents.base import Agent
 
 CHECKPOINTS_PER_RUN = 5
+
+
+class SavingError(UserError):
+    """A checkpoint could not be written, as on a full disk; the one before it is whole."""
+
+
+def _end(bar: ProgressCallback) -> None:
+    if bar.locals:  # it was started
+        bar.on_training_end()
 
 
 class Training(ABC):
@@ -49,6 +61,11 @@ class Training(ABC):
                 between = BetweenIterations(request, self.save_checkpoint, every)
                 self.agent.learn(remaining, callback=[between, bar], reset_num_timesteps=False)
             self.save_checkpoint()
+        except SavingError:
+            _end(bar)
+            with suppress(OSError):
+                self.plot()
+            raise
         except (KeyboardInterrupt, TrainingStopped):
             self._save_unfinished(bar)
             self._interrupted()
@@ -75,14 +92,31 @@ class Training(ABC):
         self.finish()
 
     def save_checkpoint(self) -> None:
-        """Saves the agent, to continue from, and its model, to use."""
-        self.agent.save(self.folder.checkpoint)
-        self.agent.policy.save_pretrained(self.folder.model)
+        """Saves the agent, to continue from, and its model, to use.
+
+        Raises:
+            SavingError: they cannot be written; the older ones are as they were.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            self.agent.save(self.folder.checkpoint)
+            save_whole(self.agent.policy.save_pretrained, self.folder.model)
+        except (OSError, SafetensorError) as error:  # safetensors' own is no OSError
+            shutil.rmtree(self.folder.checkpoint / ".saving", ignore_errors=True)  # it takes room, and is of no use
+            raise SavingError(self._unsaved(error)) from error
+
+    def _unsaved(self, error: Exception) -> str:
+        done = f"{self.folder.path} could not be saved at {self.agent.num_timesteps:,} timesteps ({one_line(error)})"
+        older = self.folder.checkpoint / "agent.json"
+        if not older.is_file():
+            return f"{done}, and holds no checkpoint. Make room, and start again."
+        steps = json.loads(older.read_text(encoding="utf-8"))["state"]["num_timesteps"]
+        return f"{done}. Its checkpoint of {steps:,} timesteps is whole: make room, and go on with: {self.folder.resume_command()}"
 
     def _save_unfinished(self, bar: ProgressCallback) -> None:
         """Keeps what there is of a training that did not come to its end: a checkpoint, the curves so far."""
-        if bar.locals:  # it was started
-            bar.on_training_end()
+        _end(bar)
         self.save_checkpoint()
         self.plot()
 
@@ -98,8 +132,9 @@ class Training(ABC):
     def _failed(self, error: Exception) -> None:
         self.folder.error.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         fail(
-            f"{one_line(error)} (Training stopped at {self.agent.num_timesteps:,} timesteps and was saved; the traceback is in "
-            f"{self.folder.error}. When this is mended, go on with: {self.folder.resume_command()})"
+            error,
+            f" (Training stopped at {self.agent.num_timesteps:,} timesteps and was saved; the traceback is in {self.folder.error}. "
+            f"When this is mended, go on with: {self.folder.resume_command()})",
         )
 
     @abstractmethod
