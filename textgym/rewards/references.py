@@ -32,7 +32,7 @@ class ReferenceReward(ABC):
         if column is None or column not in columns:
             wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(self.default_columns)}"
             raise ValueError(f"reward `{self.__name__}`: the prompts have {wanted}; name the one with the references: `column=`.")
-        references = [self.read(value, column) for value in columns[column]]
+        references = [self.read(value, f"column {column!r}, row {row}") for row, value in enumerate(columns[column])]
         rows = [row for row, texts in enumerate(references) if texts]
         scores: list[float | None] = [None] * len(references)
         texts = [completion_text(completions[row]) for row in rows]
@@ -44,17 +44,18 @@ class ReferenceReward(ABC):
     def scores(self, texts: list[str], references: list[list[str]]) -> Sequence[float | None]:
         """Returns the score of each of `texts` against its references, of which each has at least one; None where there is none."""
 
-    def read(self, value: Any, column: str) -> list[str]:
-        """Returns the references in one value of the column."""
+    def read(self, value: Any, where: str) -> list[str]:
+        """Returns the references in one value of the column; `where` says which, for error messages."""
         if value is None:
             return []
-        values = [value] if isinstance(value, str) or _is_message_list(value) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(one, str) or _is_message_list(one) for one in values):
-            raise ValueError(f"reward `{self.__name__}`: column {column!r} must hold texts or lists of texts, got {excerpt(value)}.")
+        values = [value] if isinstance(value, str) or is_message_list(value) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(one, str) or is_message_list(one) for one in values):
+            raise ValueError(f"reward `{self.__name__}`: {where}: the column must hold texts or lists of texts, got {excerpt(value)}.")
         return [completion_text(one) for one in values]
 
 
-def _is_message_list(value: Any) -> bool:
+def is_message_list(value: Any) -> bool:
+    """Returns whether a value is one text in the form of messages, `[{"role": ..., "content": ...}]`."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, Mapping) and "role" in part for part in value)
 
 
