@@ -95,6 +95,11 @@ class DecodeOptions:
     stop_strings: tuple[str, ...] = ()
     action_mask: Tensor | ActionMasker | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses a stop string that every text contains."""
+        if any(not isinstance(stop, str) or not stop for stop in self.stop_strings):
+            raise ValueError(f"`stop_strings` must be texts of at least one character, got {list(self.stop_strings)}.")
+
 
 def without_filler(prompt_ids: Tensor, prompt_lengths: Tensor) -> list[list[int]]:
     """Returns the ids of left-padded prompts (B, P) with lengths (B,) as lists."""

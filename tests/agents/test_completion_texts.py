@@ -82,6 +82,12 @@ def test_stop_strings_know_the_prompt_of_each_row(policy: CausalLMPolicy) -> Non
     assert stopped.texts == [" time", " time", "time time", "time time"]
 
 
+@pytest.mark.parametrize("stop", ["", [""], [" time", ""], [3]])
+def test_a_stop_string_that_every_text_contains_is_an_error(policy: CausalLMPolicy, stop: Any) -> None:
+    with pytest.raises(ValueError, match="`stop_strings` must be texts of at least one character"):
+        policy.generate(PROMPTS, 8, stop_strings=stop)
+
+
 def test_whoever_scores_outside_an_environment_sees_the_same_texts(policy: CausalLMPolicy) -> None:
     seen: list[Any] = []
     best = BestOfN(policy, recording(seen), n=3).generate(PROMPTS, 6, seed=0)

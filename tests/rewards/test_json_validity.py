@@ -18,6 +18,13 @@ from textgym.rewards import references as references_module
         ('{"a": NaN}', False),
         ("[-Infinity]", False),
         ("[" * 100_000, False),
+        ("1" * 4301, True),
+        ('{"a": -' + "1" * 9000 + "}", True),
+        ("{}\r\n\t ", True),
+        ("\u00a0{}", False),
+        ("{}\u2028", False),
+        ("\ufeff{}", False),
+        ("\x0c{}", False),
         ('```json\n{"a": 1}\n```', False),
     ],
 )
@@ -33,6 +40,7 @@ def test_required_keys():
 
 def test_fenced_blocks():
     fenced = JsonReward(fenced=True)
+    assert fenced(completions=["```json\r\n{}\r\n```", "```JSON\n{}\n```", "```Json \n{}\n```", "```\r\n{}\r\n```"]) == [1.0] * 4
     texts = ['```json\n{"a": 1}\n```', "```\n1\n```", "1", "```python\n1\n```", "```json 1```", "```json\n{\n```"]
     assert fenced(completions=texts) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
@@ -52,3 +60,35 @@ def test_schemas(tmp_path):
     assert reward(completions=['{"age": 3}', '{"age": "3"}', "[]"]) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="`schema` must be a JSON schema"):
         JsonReward(schema={"type": 3})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "https://example.org/x.json"},
+        {"properties": {"a": {"$ref": "#/$defs/b"}}},
+        {"anyOf": [{"type": "null"}, {"items": {"$ref": "other.json"}}]},
+        {"$ref": "#/x", "x": {"$ref": "#/y"}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"b": {"not": {"$ref": "#/definitions/c"}}}},
+    ],
+    ids=["remote", "property", "inside a list", "behind another", "draft 7"],
+)
+def test_a_reference_to_nothing_is_an_error_at_once(schema):
+    pytest.importorskip("jsonschema")
+    with pytest.raises(ValueError, match=r"`schema` must hold everything that it refers to; nothing is there for the `\$ref` '"):
+        JsonReward(schema=schema)
+
+
+def test_references_that_are_there():
+    pytest.importorskip("jsonschema")
+    inside = JsonReward(schema={"$defs": {"b": {"type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/b"}}})
+    assert inside(completions=['{"a": 1}', '{"a": "1"}', '{"a": ' + "1" * 5000 + "}"]) == [1.0, 0.0, 1.0]
+    anchored = JsonReward(schema={"$id": "https://a.b/c", "$defs": {"d": {"$anchor": "q", "type": "string"}}, "items": {"$ref": "#q"}})
+    assert anchored(completions=['["a"]', "[1]"]) == [1.0, 0.0]
+    assert JsonReward(schema={"$ref": "https://json-schema.org/draft/2020-12/schema"})(completions=['{"type": 3}']) == [0.0]
+
+
+def test_no_text_ends_a_run():
+    pytest.importorskip("jsonschema")
+    assert JsonReward(schema={"multipleOf": 0.1})(completions=["1" * 5000]) == [0.0]
+    assert JsonReward(schema={"items": {"$ref": "#"}})(completions=["[" * 900 + "]" * 900]) in ([0.0], [1.0])

@@ -67,6 +67,28 @@ def test_published_chrf(completion, reference, options, published):
     assert 100 * one(ChrfReward(**options), completion, reference) == pytest.approx(published, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("completion", "reference", "precision"),
+    [
+        ("$3.50", "$350", 0.0),
+        ("-5", "5", 0.0),
+        ("\u22125", "-5", 1.0),
+        ("1.5", "15", 0.0),
+        (".5", "5", 0.0),
+        ("10:31", "1031", 0.0),
+        ("3/4", "34", 0.0),
+        ("3-5", "35", 0.0),
+        ("50%", "50", 0.0),
+        ("1,234", "1234", 1.0),
+        ("1,5", "15", 0.0),
+        ("It is 5.", "it is 5", 1.0),
+        ("well-known - yes!", "wellknown yes", 1.0),
+    ],
+)
+def test_the_precision_knows_numbers_apart(completion, reference, precision):
+    assert NgramPrecisionReward()(completions=[completion], reference=[reference]) == [precision]
+
+
 def test_the_clipped_precision_of_the_textbook():
     mats = "The cat is on the mat.", "There is a cat on the mat."
     assert one(NgramPrecisionReward(), "the the the the the the the", *mats) == 2 / 7

@@ -68,6 +68,12 @@ def test_lexicon_mean():
     assert LexiconReward(VALENCES, normalise="mean")(["good bad bad film", "film"]) == [pytest.approx((1.9 - 5.0) / 3), 0.0]
 
 
+@pytest.mark.parametrize("listed", ["don't", "don\u2019t"])
+def test_lexicon_apostrophes_are_one_character(listed):
+    reward = LexiconReward({listed: -1.0}, normalise="mean")
+    assert reward(["don\u2019t", "don't", "Don\u02bct!", "dont"]) == [-1.0, -1.0, -1.0, 0.0]
+
+
 def test_lexicon_from_a_file(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("Good\t1.9\t0.9\t[1, 2]\ngood\t-3\n\n:)\t2.0\nno way\t-1\n", encoding="utf-8")

@@ -15,6 +15,8 @@ from textgym.rewards.references import ReferenceReward, require_package
 
 Smoothing = Literal["none", "floor", "add-k", "exp"]
 RougeScore = Literal["fmeasure", "precision", "recall"]
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_OF_NUMBERS = re.compile(r"(?<=\d)[.,:/-](?=\d)|(?<!\w)-(?=[$€£]?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)%")  # punctuation that makes another number
 _ROUGE = re.compile(r"rouge([1-9]|L|Lsum)")
 
 
@@ -133,7 +135,8 @@ class NgramPrecisionReward(ReferenceReward):
 
         p_n = Σ_g min(count of g in the completion, largest count of g in one reference) / number of n-grams in the completion
 
-    Texts are lower-cased, stripped of punctuation and cut at white space; a completion without n-grams gets 0. "the the the the the the
+    Texts are lower-cased, stripped of punctuation and cut at white space; numbers keep their sign, their point and what else stands between
+    digits (`-5`, `3.50`, `10:31`), but no comma between thousands. A completion without n-grams gets 0. "the the the the the the
     the" has p_1 = 2/7 against "The cat is on the mat." and "There is a cat on the mat." (Papineni et al. 2002).
 
     Args:
@@ -159,7 +162,9 @@ class NgramPrecisionReward(ReferenceReward):
         return (counts & largest).total() / counts.total() if counts else 0.0
 
     def _ngrams(self, text: str) -> Counter[tuple[str, ...]]:
-        words = "".join(c for c in text.lower() if not unicodedata.category(c).startswith("P")).split()
+        text = _THOUSANDS.sub("", text.lower().replace("\u2212", "-"))
+        kept = {found.start() for found in _OF_NUMBERS.finditer(text)}
+        words = "".join(c for i, c in enumerate(text) if i in kept or not unicodedata.category(c).startswith("P")).split()
         return Counter(zip(*(islice(words, start, None) for start in range(self.n)), strict=False))
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 from textgym.rewards.calling import NamedReward
 from textgym.rewards.episodes import Prompt, completion_text
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
 
 
 class LengthReward(NamedReward):
@@ -146,7 +147,7 @@ class LexiconReward(NamedReward):
         "compound":  R = s / sqrt(s² + 15),  s = Σ v        in (-1, 1): VADER's normalisation, without its rules for negation and emphasis
         "mean":      R = Σ v / number of words in the list  in the range of the valences; 0 if there is none
 
-    A word is a run of letters and apostrophes in lower case; a run between white space that is in the list as it stands (an emoticon)
+    A word is a run of letters and apostrophes, straight or curly, in lower case; a run between white space that is in the list as it stands (an emoticon)
     counts as that.
 
     Args:
@@ -159,7 +160,10 @@ class LexiconReward(NamedReward):
             raise ValueError("`valences` must hold at least one word.")
         if normalise not in ("compound", "mean"):
             raise ValueError(f"`normalise` must be 'compound' or 'mean', got {normalise!r}.")
-        self.valences, self.normalise = dict(valences), normalise
+        self.valences: dict[str, float] = {}
+        for word, valence in valences.items():
+            self.valences.setdefault(word.translate(_APOSTROPHES), valence)
+        self.normalise = normalise
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], *, normalise: Literal["compound", "mean"] = "compound") -> Self:
@@ -185,7 +189,7 @@ class LexiconReward(NamedReward):
         return [self._score(completion_text(completion)) for completion in completions]
 
     def _score(self, text: str) -> float:
-        found = [self.valences[word] for word in self._words(text.lower()) if word in self.valences]
+        found = [self.valences[word] for word in self._words(text.lower().translate(_APOSTROPHES)) if word in self.valences]
         total = sum(found)
         if self.normalise == "compound":
             return total / math.sqrt(total * total + 15.0)
