@@ -27,8 +27,10 @@ from textgym.agents.common import checkpoint
 from textgym.agents.common.adapters import check_reference
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import Critic, CriticSpec
+from textgym.agents.common.diagnostics import STEPS, broken_gradient, still_outputs, zero_gradient
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.progress import ProgressCallback
+from textgym.agents.common.run_warnings import RunWarnings
 from textgym.agents.common.schedules import as_schedule
 from textgym.agents.common.value_heads import ValueModel
 from textgym.agents.policy import CausalLMPolicy
@@ -133,6 +135,9 @@ class Agent(BaseAlgorithm):
         self.evaluation = settings["evaluation"]
         self._make_optimizer = settings["optimizer"]
         self._logger = Logger(folder=None, output_formats=[])  # `learn` replaces it
+        self.run_warnings = RunWarnings()
+        self._skipped_steps = 0
+        self._first_outputs: tuple[int, Tensor, Callable[[], Tensor]] | None = None
         self._setup_model()
 
     # -- set-up -----------------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ class Agent(BaseAlgorithm):
             proceed: asked when the gradients are there; False leaves the parameters as they are.
 
         Returns:
-            Whether the step was taken.
+            Whether `proceed` agreed. The step is left out where the gradient is not finite: it would make every weight NaN.
         """
         self.optimizer.zero_grad(set_to_none=True)
         for loss in losses:
@@ -200,10 +205,40 @@ class Agent(BaseAlgorithm):
             return False
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm if self.max_grad_norm is not None else float("inf"))
-        self.logger.record_mean("train/grad_norm", float(norm))
-        self.optimizer.step()
-        self._n_updates += 1
+        self._take_step(float(norm))
         return True
+
+    def _take_step(self, norm: float) -> None:
+        """Steps on the gradients that are there, of norm `norm`, and tells what is wrong with them."""
+        broken = broken_gradient(norm, self._n_updates + 1)
+        if broken.sentence is not None:
+            self._skipped_steps += 1
+            self.logger.record("train/skipped_steps", self._skipped_steps)
+        else:
+            self.logger.record_mean("train/grad_norm", norm)
+            self.optimizer.step()
+            self._n_updates += 1
+            self._compare_outputs()
+        self.run_warnings.observe([broken, zero_gradient(norm)], self.logger)
+
+    def remember_outputs(self, outputs: Callable[[], Tensor]) -> None:
+        """Before the first steps of a policy with an adapter: what it says, to see after ten steps whether the adapter is trained.
+
+        Args:
+            outputs: what the model as it is now says of some tokens that stay the same.
+        """
+        adapted = isinstance(self.policy, CausalLMPolicy) and self.policy.is_adapter
+        if adapted and "outputs" not in self.run_warnings.noted and self._first_outputs is None:
+            self._first_outputs = self._n_updates + STEPS, outputs(), outputs
+
+    def _compare_outputs(self) -> None:
+        if self._first_outputs is None or self._n_updates < self._first_outputs[0]:
+            return
+        _, before, outputs = self._first_outputs
+        self._first_outputs = None
+        self.run_warnings.note("outputs")
+        if any(group["lr"] for group in self.optimizer.param_groups):  # at 0 nothing shall move
+            self.run_warnings.observe([still_outputs(before, outputs(), STEPS)], self.logger)
 
     # -- logs -------------------------------------------------------------------------------------------------------
 

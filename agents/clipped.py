@@ -127,6 +127,7 @@ class ClippedAgent(OnlineAgent):
         """Values a rollout, once: what its epochs hold fixed."""
         first = self._first_scores(rollout)
         old, advantages = self.estimate(rollout, first)
+        self.check_sampling(rollout, old.log_probs)
         assert old.values is not None
         mask = rollout.completion_mask
         returns = advantages + old.values
@@ -209,6 +210,7 @@ class ClippedAgent(OnlineAgent):
             bonus = entropy_bonus(scores.entropy, mask, **reduction)
             total = total - self.ent_coef * bonus
             self.logger.record_mean("train/entropy", float(masked_mean(scores.entropy.detach(), mask)))
+        self.check_ratio(scores.log_probs, targets.log_probs, mask)
         diagnostics = ratio_diagnostics(scores.log_probs, targets.log_probs, mask, clip_range=clip_range)
         self.logger.record_mean("train/policy_gradient_loss", float(policy_loss.detach()))
         self.logger.record_mean("train/value_loss", float(critic_loss.detach()))

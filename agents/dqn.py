@@ -82,6 +82,7 @@ class DQN(OnlineAgent):
     """
 
     kl_in_reward: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
     # Options that one kind alone has, with their defaults.
     hard_options: ClassVar[dict[str, Any]] = {
         "double_q": True,

@@ -7,7 +7,6 @@ in the loss, as k3, instead of in the reward. It maximises no fixed J: its fixed
 from typing import Any, ClassVar, Unpack, get_args
 
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
@@ -69,6 +68,7 @@ class GRPO(OnlineAgent):
     """
 
     kl_in_reward = False
+    compares_groups = True
     saved_arguments: ClassVar[tuple[str, ...]] = ("n_epochs", "batch_size", "clip_range", "clip_range_high", "loss_type", "scale_rewards")
 
     def __init__(
@@ -126,14 +126,9 @@ class GRPO(OnlineAgent):
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_old of the tokens by the training pass, (B, T), so that the first ratio is 1 in any precision."""
-        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
-
-    def max_length(self, rollout: RolloutBatch) -> int:
-        """The most tokens that a completion can have: the columns that the observation leaves it."""
-        assert isinstance(self.observation_space, spaces.Dict)
-        shape = self.observation_space["input_ids"].shape
-        assert shape is not None
-        return shape[-1] - rollout.prompt_ids.shape[1]
+        log_probs = score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
+        self.check_sampling(rollout, log_probs)
+        return log_probs
 
     def loss(self, batch: RolloutBatch, old_log_probs: Tensor | None, advantages: Tensor, **reduction: Unpack[TokenReduction]) -> Tensor:
         """The share of one micro-batch in the loss of its minibatch.
@@ -154,6 +149,7 @@ class GRPO(OnlineAgent):
         )
         self.logger.record_mean("train/policy_gradient_loss", float(policy_loss.detach()))
         if old_log_probs is not None:
+            self.check_ratio(log_probs, old, mask)
             fractions = clip_fractions(log_probs, old, per_token, mask, clip_range=clip_range, clip_range_high=clip_range_high)
             self.logger.record_mean("train/approx_kl", float(ratio_diagnostics(log_probs, old, mask, clip_range=clip_range).approx_kl))
             self.logger.record_mean("train/clip_fraction_low", float(fractions.low))

@@ -197,6 +197,7 @@ class OfflineLearner(Agent):
             callback.on_rollout_end()
             iteration += 1
             self._set_learning_rates()
+            self._remember_losses(examples, rows[:4])
             self.train(rows)
             self.logger.record("train/epoch", self.num_timesteps / int(examples.num_tokens.sum()))
             stop = self.evaluation is not None and self.evaluation.after_iteration(self)
@@ -229,6 +230,13 @@ class OfflineLearner(Agent):
         self._last_metrics = metrics
         for name, value in metrics.items():
             self.logger.record_mean(name, value)
+
+    def _remember_losses(self, examples: Any, few: Tensor) -> None:
+        @torch.no_grad()
+        def losses() -> Tensor:
+            return torch.stack([share.loss for share in self.shares(examples, few, 1)])
+
+        self.remember_outputs(losses)
 
     def shares(self, examples: Any, rows: Tensor, size: int | None) -> Iterator[Share]:
         """Yields what each `size` of the examples `rows`, or fewer, add to the minibatch that those are."""

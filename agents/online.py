@@ -23,12 +23,21 @@ from textgym.agents.base import Agent
 from textgym.agents.common.batches import RolloutBatch, micro_batches
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import CriticSpec
+from textgym.agents.common.diagnostics import (
+    kl_at_start,
+    negative_kl,
+    part_findings,
+    ratio_at_start,
+    rollout_findings,
+    sampling_mismatch,
+    varies,
+)
 from textgym.agents.common.environments import as_vector_env, attribute
 from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.masking import masked_whiten
 from textgym.agents.common.options import AgentOptions, with_defaults
 from textgym.agents.common.rollout_logs import record_rollout
-from textgym.agents.common.rollout_scores import reference_log_probs
+from textgym.agents.common.rollout_scores import reference_log_probs, score_rollout
 from textgym.agents.common.rollouts import RolloutCollector, RolloutInterrupted, StepReport
 from textgym.agents.common.shaping import AnyKLShaping, ensure_kl_shaping, move_adaptive_beta, refuse_kl_shaping
 from textgym.agents.policy import CausalLMPolicy
@@ -64,6 +73,8 @@ class OnlineAgent(Agent):
     policy: CausalLMPolicy
     env: VecEnv | None
     kl_in_reward: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = True  # samples come from the policy's own distribution
+    compares_groups: bool = False  # it learns from differences between the completions of a prompt alone
     saved_arguments: ClassVar[tuple[str, ...]] = (
         "beta",
         "gamma",
@@ -88,6 +99,11 @@ class OnlineAgent(Agent):
     ) -> None:
         settings = with_defaults(options, type(self))
         check_number("gamma", gamma, 0, 1)
+        if isinstance(reference, CausalLMPolicy) and reference.model is policy.model and not reference.frozen:
+            raise ValueError(
+                "`reference` must not share its model with `policy`, got one that does: it would move with the policy, and the KL to it "
+                "stay 0. Leave it away, or pass `policy.reference()`, a frozen copy."
+            )
         self.beta, self.gamma = beta, gamma
         self.kl_shaping: list[AnyKLShaping] = []
         self.kl_coefficients = [KLCoefficient(beta)]
@@ -104,6 +120,8 @@ class OnlineAgent(Agent):
             critic=critic,
             critic_learning_rate=settings["critic_learning_rate"],
         )
+        # The model under an adapter is the policy only while the adapter adds nothing.
+        self._starts_at_reference = reference is None and not self.reference.backbone.without_adapter
         if env is not None:
             self._connect(env)
 
@@ -196,6 +214,7 @@ class OnlineAgent(Agent):
             self.ep_info_buffer.extend(record_rollout(self.logger, rollout, self.reward_set))
             self.logger.record("rollout/beta", self.current_beta)
             self._set_learning_rates()
+            self._diagnose(rollout)
             self.train(rollout)
             move_adaptive_beta(self.kl_coefficients, rollout.kl_per_sequence)
             if self.evaluation is not None:
@@ -252,12 +271,62 @@ class OnlineAgent(Agent):
         rewards = rollout.rewards
         if self.missing_eos_penalty:
             last = (rollout.lengths - 1).unsqueeze(1)
-            eos = torch.tensor(self.collector.eos_token_ids, device=rewards.device)
-            missing = ~torch.isin(rollout.completion_ids.gather(1, last), eos)
-            rewards = rewards.scatter_add(1, last, -self.missing_eos_penalty * missing)
+            rewards = rewards.scatter_add(1, last, self._penalties(rollout)[:, None])
         if self.whiten_rewards:
             rewards = masked_whiten(rewards, rollout.completion_mask, shift_mean=False)
         return rewards
+
+    def _penalties(self, rollout: RolloutBatch) -> Tensor:
+        """What a missing EOS adds to the reward of each completion, (B,): nothing, or less than nothing."""
+        last = rollout.completion_ids.gather(1, (rollout.lengths - 1).unsqueeze(1)).squeeze(1)
+        eos = torch.tensor(self.collector.eos_token_ids, device=last.device)
+        missing = ~torch.isin(last, eos)
+        return -self.missing_eos_penalty * missing.to(rollout.rewards)
+
+    def max_length(self, rollout: RolloutBatch) -> int:
+        """The most tokens that a completion can have: the columns that the observation leaves it."""
+        assert isinstance(self.observation_space, spaces.Dict)
+        shape = self.observation_space["input_ids"].shape
+        assert shape is not None
+        return shape[-1] - rollout.prompt_ids.shape[1]
+
+    # -- what goes wrong without an error ------------------------------------------------------------------------------
+
+    def _diagnose(self, rollout: RolloutBatch) -> None:
+        """Looks at a rollout before it is learned from, and tells what stands out, see `textgym.agents.common.diagnostics`."""
+        paid = rollout.unshaped_returns + self._penalties(rollout)
+        varied = "reward_varied" in self.run_warnings.noted
+        room, groups = self.max_length(rollout), self.compares_groups
+        found = [*rollout_findings(rollout, paid, algorithm=type(self).__name__, room=room, compares_groups=groups, varied=varied)]
+        if self.reward_set is not None:
+            found += part_findings(rollout, self.reward_set.names)
+        if self.on_policy:
+            found.append(negative_kl(rollout, self._precision))
+            if self._starts_at_reference and self._n_updates == 0:
+                found.append(kl_at_start(rollout, self._precision))
+        self.run_warnings.observe(found, self.logger)
+        if varies(paid):
+            self.run_warnings.note("reward_varied")
+        few = rollout.select(torch.arange(min(len(rollout), 4)))
+        self.remember_outputs(torch.no_grad()(lambda: score_rollout(self.policy, few).log_probs))
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return self.policy.backbone.autocast or self.policy.backbone.dtype
+
+    def check_sampling(self, rollout: RolloutBatch, scored: Tensor) -> None:
+        """Before the first step: are the log-probs of sampling those of the training pass over the same tokens, (B, T)?"""
+        if self._n_updates == 0 and self.on_policy:
+            finding = sampling_mismatch(rollout.log_probs, scored.detach(), rollout.completion_mask, self._precision)
+            self.run_warnings.observe([finding], self.logger)
+
+    def check_ratio(self, log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> None:
+        """Before the first step: is the ratio of the policy to itself 1? All (B, T)."""
+        if self._n_updates == 0:
+            finding = ratio_at_start(log_probs.detach(), old_log_probs, mask, self._precision)
+            self.run_warnings.observe([finding], self.logger)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def update(
         self,

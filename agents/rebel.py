@@ -49,6 +49,7 @@ class REBEL(OnlineAgent):
         ValueError: an argument breaks one of the rules above.
     """
 
+    compares_groups = True
     saved_arguments: ClassVar[tuple[str, ...]] = ("eta", "n_epochs", "batch_size")
 
     def __init__(
@@ -116,7 +117,9 @@ class REBEL(OnlineAgent):
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_t of the tokens by the training pass, (B, T), so that the first log-ratio is 0 in any precision."""
-        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
+        log_probs = score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
+        self.check_sampling(rollout, log_probs)
+        return log_probs
 
     def loss(self, batch: RolloutBatch, old_log_probs: Tensor, returns: Tensor, *, sequences: int) -> Tensor:
         """The share of one micro-batch of whole groups in the loss of its minibatch of `sequences` completions.
@@ -130,6 +133,7 @@ class REBEL(OnlineAgent):
         log_probs, mask = score_rollout(self.policy, batch).log_probs, batch.completion_mask
         group = batch.num_generations
         total = rebel_loss(log_probs, old_log_probs, returns, mask, num_generations=group, eta=self.eta, count=sequences // group)
+        self.check_ratio(log_probs, old_log_probs, mask)
         diagnostics = ratio_diagnostics(log_probs, old_log_probs, mask, clip_range=0.0)
         self.logger.record_mean("train/loss", float(total.detach()))
         self.logger.record_mean("train/approx_kl", float(diagnostics.approx_kl))

@@ -113,6 +113,7 @@ class REINFORCE(OnlineAgent):
         self.importance, self.max_weight, self.moving_average_decay = importance, max_weight, moving_average_decay
         self.ent_coef, self.vf_coef = ent_coef, vf_coef
         self._average_return: float | None = None
+        self.compares_groups = baseline == "leave_one_out"
         critic_of_baseline = critic if baseline == "value" else None
         super().__init__(policy, env, learning_rate, beta=beta, reference=reference, gamma=gamma, critic=critic_of_baseline, **options)
 
@@ -202,6 +203,7 @@ class REINFORCE(OnlineAgent):
         if rescore:
             scores = score_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens)
             old_log_probs, values = scores.log_probs, scores.values
+            self.check_sampling(rollout, old_log_probs)
         elif self.critic is not None:
             values = values_in_parts(self.policy, rollout, self.critic, self.micro_batch_size, self.micro_batch_tokens)
         return old_log_probs, self.baselines(rollout, returns, values)

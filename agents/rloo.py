@@ -52,6 +52,7 @@ class RLOO(OnlineAgent):
         ValueError: an argument breaks one of the rules above.
     """
 
+    compares_groups = True
     saved_arguments: ClassVar[tuple[str, ...]] = ("n_epochs", "batch_size", "clip_range")
 
     def __init__(
@@ -97,7 +98,9 @@ class RLOO(OnlineAgent):
     @torch.no_grad()
     def old_log_probs(self, rollout: RolloutBatch) -> Tensor:
         """Scores log π_old of the tokens by the training pass, (B, T), so that the first ratio is 1 in any precision."""
-        return score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
+        log_probs = score_in_parts(self.policy, rollout, None, self.micro_batch_size, self.micro_batch_tokens).log_probs
+        self.check_sampling(rollout, log_probs)
+        return log_probs
 
     def loss(self, batch: RolloutBatch, rewards: Tensor, baselines: Tensor, old_log_probs: Tensor | None, *, sequences: int) -> Tensor:
         """The share of one micro-batch in the loss of its minibatch of `sequences` completions.
@@ -118,6 +121,7 @@ class RLOO(OnlineAgent):
         total = sequence_surrogate_loss(log_probs, old, advantages, mask, clip_range=clip_range, count=sequences)
         self.logger.record_mean("train/policy_gradient_loss", float(total.detach()))
         if old_log_probs is not None:
+            self.check_ratio(log_probs, old, mask)
             self._record_ratios(log_probs.detach(), old, mask, clip_range)
         return total
 

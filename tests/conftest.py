@@ -216,29 +216,31 @@ def sequence_policy() -> type[SequencePolicy]:
 
 
 class DocsPage:
-    """A page of docs/ whose Python runs: what it shows, and what stands in comments `<!-- setup:`."""
+    """A page of docs/ whose Python runs as it is printed."""
 
-    _BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- setup:\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
+    _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     _PRINTED = re.compile(r"^\s*print\(.*\)\s+# (.*)$", re.MULTILINE)
 
     def __init__(self, name: str) -> None:
         self.path = Path(__file__).parents[1] / "docs" / name
         self.text = self.path.read_text(encoding="utf-8")
-        self.snippets: list[str] = [shown or hidden for shown, hidden in self._BLOCK.findall(self.text)]
+        self.snippets: list[str] = self._BLOCK.findall(self.text)
 
     def printed(self, snippet: str) -> list[str]:
         """What the comments after the `print`s of a snippet say."""
         found: list[str] = self._PRINTED.findall(snippet)
         return found
 
-    def run(self, **names: Any) -> None:
-        """Runs the snippets one after the other; each must print what it says. `names` are known to the first."""
+    def run(self) -> dict[str, Any]:
+        """Runs the snippets one after the other, each of which must print what it says; returns the names that are there in the end."""
+        names: dict[str, Any] = {}
         assert self.snippets
         for snippet in self.snippets:
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
                 exec(compile(snippet, str(self.path), "exec"), names)
             assert output.getvalue().splitlines() == self.printed(snippet), snippet
+        return names
 
 
 @pytest.fixture(scope="session")

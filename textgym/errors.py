@@ -1,4 +1,4 @@
-"""The exceptions a user may want to catch. Everything else that is wrong with an argument is a plain `ValueError`."""
+"""The exceptions and warnings a user may want to catch. Everything else that is wrong with an argument is a plain `ValueError`."""
 
 from typing import Any
 
@@ -29,3 +29,7 @@ class FeedbackError(ValueError):
 
 class FeedbackNeeded(RuntimeError):  # noqa: N818  (no error of the program: somebody's turn)
     """Somebody has to compare completions before learning can go on; the message says which file, and where to put the answers."""
+
+
+class TrainingWarning(UserWarning):
+    """A run goes on, and what it shows says that it does not learn, or not what it should; docs/agents.md has the table of all of them."""

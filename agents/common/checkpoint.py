@@ -118,6 +118,7 @@ def _state(agent: "Agent") -> dict[str, Any]:
         "environment": agent.environment_state(),
         "minibatches": agent.minibatch_generator.bit_generator.state,
         "evaluation": None if agent.evaluation is None else agent.evaluation.state_dict(),
+        "warnings": agent.run_warnings.state_dict(),
         "model": agent.policy.loading_arguments(),
         "extra": agent.extra_state(),
     }
@@ -209,6 +210,8 @@ def _restore(agent: "Agent", path: Path, document: dict[str, Any]) -> None:
     agent.restore_environment_state(state.get("environment", []))  # earlier checkpoints have none
     if agent.evaluation is not None and state["evaluation"] is not None:
         agent.evaluation.load_state_dict(state["evaluation"])
+    if "warnings" in state:  # earlier checkpoints have none
+        agent.run_warnings.load_state_dict(state["warnings"])
     agent.load_extra_state(state["extra"])
     if (path / EXTRA_FILE).exists():
         agent.load_extra_tensors(load_tensors(path / EXTRA_FILE, device=str(agent.policy.device)))

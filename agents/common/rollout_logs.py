@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.logger import Logger
 
+from textgym.agents.common.advantages import group_std
 from textgym.agents.common.batches import RolloutBatch
+from textgym.agents.common.diagnostics import identical_fraction
 from textgym.rewards.compose import RewardSet
 
 
@@ -26,6 +28,11 @@ def record_rollout(logger: Logger, rollout: RolloutBatch, reward_set: RewardSet 
         logger.record("rollout/kl_per_token", float(kl[measured].sum() / lengths[measured].sum()))
     logger.record("rollout/length_mean", float(lengths.float().mean()))
     logger.record("rollout/eos_fraction", float(np.mean([info.get("finish_reason") == "eos" for info in rollout.infos])))
+    logger.record("rollout/identical_fraction", identical_fraction(rollout))
+    if rollout.num_generations > 1:
+        deviations = group_std(rollout.unshaped_returns, rollout.num_generations)
+        logger.record("rollout/group_reward_std", float(deviations.mean()))
+        logger.record("rollout/frac_reward_zero_std", float((deviations <= 1e-5).float().mean()))
     for name, mean in _part_means(rollout).items():
         logger.record(f"rewards/{name}/mean", mean)
     if reward_set is not None and len(reward_set.names) > 1:

@@ -6,10 +6,6 @@ import re
 from textgym.agents import CausalLMPolicy
 
 
-def test_snippets_print_what_they_say(docs_page):
-    docs_page("policy.md").run()
-
-
 def test_the_table_has_every_argument(docs_page):
     table = re.findall(r"^\| (`.*?) \|", docs_page("policy.md").text, re.MULTILINE)
     named = {name for row in table for name in re.findall(r"`(\w+)`", row)}

@@ -1,15 +1,6 @@
 """Every snippet of docs/reward_models.md runs, in order, and prints what the comments after its `print`s say."""
 
-from pathlib import Path
 from typing import Any
-
-import pytest
-
-
-@pytest.mark.slow
-def test_snippets_print_what_they_say(docs_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    docs_page("reward_models.md").run()
 
 
 def test_every_snippet_says_what_each_print_prints(docs_page: Any) -> None:

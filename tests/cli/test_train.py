@@ -196,7 +196,8 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_too(textgym, small, capsys) -> 
     write_reward(
         "impatient",
         "import os, signal\ncalls = 0\ndef reward(completions):\n    global calls\n    calls += 1\n    if calls == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n        os.kill(os.getpid(), signal.SIGINT)\n    return [1.0] * len(completions)\n",
+        "        os.kill(os.getpid(), signal.SIGINT)\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(len(text)) for text in completions]\n",
     )
     assert textgym("train", "reinforce", *small, "--reward", "impatient:reward", "--out", "run") == 130
     assert "--resume run" in capsys.readouterr().out

@@ -8,11 +8,6 @@ import gymnasium as gym
 import textgym.rewards
 
 
-def test_snippets_print_what_they_say(docs_page: Any) -> None:
-    page = docs_page("environment.md")
-    page.run(FRAME=page.text.split("```\n")[-2].rstrip("\n"))  # the last block of the page
-
-
 def test_the_table_has_every_key(docs_page: Any) -> None:
     dense = textgym.rewards.token_level(lambda completion_ids, **columns: [[0.0] * len(ids) for ids in completion_ids])
     env = gym.make("TextGen-v0", reward=dense)

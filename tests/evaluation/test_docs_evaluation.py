@@ -1,12 +1,5 @@
 """Every snippet of docs/evaluation.md runs, in order, and prints what the comment after its `print` says."""
 
-import pytest
-
-
-@pytest.mark.slow
-def test_snippets_print_what_they_say(docs_page):
-    docs_page("evaluation.md").run()
-
 
 def test_every_print_says_what_it_prints(docs_page):
     page = docs_page("evaluation.md")

@@ -3,10 +3,6 @@
 import ast
 
 
-def test_snippets_print_what_they_say(docs_page):
-    docs_page("rewards.md").run()
-
-
 def test_every_print_says_what_it_prints(docs_page):
     page = docs_page("rewards.md")
     for snippet in page.snippets:

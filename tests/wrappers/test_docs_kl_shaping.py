@@ -6,10 +6,6 @@ from typing import Any
 from textgym.wrappers.shaping import EPISODE_KEYS, STEP_KEYS
 
 
-def test_snippets_print_what_they_say(docs_page: Any) -> None:
-    docs_page("kl_shaping.md").run()
-
-
 def test_the_table_has_every_key(docs_page: Any) -> None:
     keys = re.findall(r"^\| `(\w+)` \|", docs_page("kl_shaping.md").text, re.MULTILINE)
     assert sorted(keys) == sorted([*STEP_KEYS, *EPISODE_KEYS, "kl_full_per_sequence"])

@@ -1,11 +1,12 @@
-"""Errors of the command line: one sentence on stderr and exit code 2, no traceback."""
+"""Errors of the command line: one sentence on stderr and exit code 2, no traceback; warnings: one line on stderr."""
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -67,10 +68,22 @@ def _context() -> Any:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Ends the command through `fail` on the errors that users cause; a mistake in textgym itself keeps its traceback."""
+    """Ends the command through `fail` on the errors that users cause; a mistake in textgym itself keeps its traceback.
+
+    A warning on the way is one line, `textgym: warning: ...`, without the place in the program, and above the progress bar if there is one.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except BrokenPipeError:
         raise  # whoever read our output has left: nobody to tell
     except (UserError, ValueError, OSError) as error:
         fail(error)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    # `sys.stderr` is looked up here: a live progress bar stands in its place, and prints above itself.
+    print(f"textgym: warning: {told(str(message))}", file=file or sys.stderr)

@@ -49,6 +49,7 @@ class RunFolder:
     samples.txt               the first six of both, side by side
     summary.json              rewards and KL before and after
     curves.png                reward, true reward and KL over timesteps
+    warnings.txt              what the run was warned of, one sentence a line, where there was anything
     error.txt                 the traceback, where a reward or callback failed
     ========================  =====================================================================================
     """
@@ -190,8 +191,11 @@ class RunFolder:
         """Returns a logger that writes the next `progress.csv` and TensorBoard events; close it in the end."""
         from stable_baselines3.common.logger import Logger, make_output_format
 
+        from textgym.cli.warnings_file import WarningsFile
+
         csv_format = make_output_format("csv", str(self.path), self.metrics_suffix())
-        return Logger(str(self.path), [csv_format, make_output_format("tensorboard", str(self.tensorboard))])
+        tensorboard = make_output_format("tensorboard", str(self.tensorboard))
+        return Logger(str(self.path), [csv_format, tensorboard, WarningsFile(self.path / "warnings.txt")])  # type: ignore[list-item]
 
     def metrics_suffix(self) -> str:
         """Returns what to append to the name of the next `progress.csv`, so that none is overwritten."""
