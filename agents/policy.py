@@ -22,6 +22,7 @@ from textgym.agents.common.prompt_batches import Prompts, encode
 from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.token_mask import TokenMask
+from textgym.agents.common.trial import choose_ways
 from textgym.agents.engines import CachedEngine, GenerationEngine
 from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
 
@@ -96,6 +97,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             model.to(get_device(device))
         self.model: Any = model
         self.backbone = Backbone(model, self.vocab_size, autocast=_half_dtype(autocast))
+        choose_ways(self.backbone)
         self._acting = ActingState()
         self._generator: torch.Generator | None = None
         self._seed = seed
@@ -151,7 +153,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             frozen = copy.copy(self)
             # nn.Module keeps its registries in dicts that a shallow copy would share.
             frozen._modules = dict(self._modules)
-            frozen.backbone = Backbone(self.model, self.vocab_size, without_adapter=True, autocast=self.backbone.autocast)
+            frozen.backbone = self.backbone.bare()
             frozen._acting, frozen._generator = ActingState(), None
         else:
             # The engine is shared: it may hold what no copy can be made of.
