@@ -25,6 +25,7 @@ from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_token
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.common.token_mask import TokenMask
+from textgym.agents.common.trial import choose_ways
 from textgym.agents.engines import CachedEngine, GenerationEngine
 from textgym.alignment import aligned
 from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
@@ -100,6 +101,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             model.to(get_device(device))
         self.model: Any = aligned(model)
         self.backbone = Backbone(model, self.vocab_size, autocast=_half_dtype(autocast))
+        choose_ways(self.backbone)
         self._acting = ActingState()
         self._generator: torch.Generator | None = None
         self._seed = seed
@@ -173,7 +175,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             frozen._modules = dict(self._modules)
             bare = not adapter or adds_nothing(self.model)
             kept = None if bare and not trained_outside(self.model) else TargetNetwork({"model": self.model})
-            frozen.backbone = Backbone(self.model, self.vocab_size, bare, self.backbone.autocast, kept)
+            frozen.backbone = self.backbone.shared(without_adapter=bare, frozen=kept)
             frozen._acting, frozen._generator = ActingState(), None
         else:
             # The engine is shared: it may hold what no copy can be made of.

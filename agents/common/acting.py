@@ -44,7 +44,8 @@ class ActingState:
         ids, lengths = align_left(observation)
         backbone.check_length(int(lengths.max()), "The observation")
         versions = tuple(parameter._version for parameter in backbone.model.parameters())
-        if not backbone.dense_mask:
+        if not backbone.dense_mask or (backbone.turn is not None and int(lengths.max()) > backbone.turn.length):
+            self._cache = None  # what it holds is of other observations from now on
             self.logits = last_logits(backbone, ids, lengths)
             return self.logits
         if self._cache is None or versions != self._versions or ids.shape != self._ids.shape:
@@ -69,7 +70,7 @@ class ActingState:
         self._lengths = np.zeros(rows, np.int64)
         self._cursor.rows = torch.arange(rows, device=backbone.device)
         # One column more than an observation has: rows that do not grow need a place for the token they are stepped with.
-        self._cache = slot_cache(backbone.config.num_hidden_layers, self._cursor, width + 1)
+        self._cache = slot_cache(backbone.num_layers, self._cursor, width + 1)
 
     def _append(self, backbone: Backbone, ids: npt.NDArray[np.int64], grown: npt.NDArray[np.bool_]) -> None:
         """Steps the whole batch; rows that have not grown write a column past their end, which is never seen."""
@@ -125,13 +126,8 @@ def align_left(observation: Mapping[str, npt.NDArray[Any]]) -> tuple[npt.NDArray
     return np.where(inside, np.take_along_axis(ids, source, 1), 0).astype(np.int64), lengths.astype(np.int64)
 
 
-def last_features(backbone: Backbone, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Tensor:
-    """Features at the last token of each row of `align_left`'s layout, (B, ...), without a cache."""
-    tokens = torch.as_tensor(ids[:, : int(lengths.max())], device=backbone.device)
-    features = backbone.features(tokens, None, None)
-    return features[torch.arange(len(ids), device=backbone.device), torch.as_tensor(lengths - 1, device=backbone.device)]
-
-
 def last_logits(backbone: Backbone, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Tensor:
-    """Logits after the last token of each row, (B, V), without a cache."""
-    return backbone.logits(last_features(backbone, ids, lengths))
+    """Logits after the last token of each row of `align_left`'s layout, (B, V), without a cache."""
+    tokens = torch.as_tensor(ids[:, : int(lengths.max())], device=backbone.device)
+    ends = torch.as_tensor(lengths, device=backbone.device)
+    return backbone.logits(backbone.states_of(tokens, ends, torch.arange(len(ids), device=backbone.device), ends - 1)[0])

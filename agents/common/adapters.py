@@ -60,12 +60,12 @@ def adapter_parameters(model: Any) -> list[nn.Parameter]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: list[nn.Parameter] = []
-    module: Any
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            own = tuple(module.adapter_layer_names)
+            layer: Any = module
+            own = tuple(layer.adapter_layer_names)
             inside = tuple(f"{name}." for name in own)
-            found += [parameter for name, parameter in module.named_parameters() if name in own or name.startswith(inside)]
+            found += [parameter for name, parameter in layer.named_parameters() if name in own or name.startswith(inside)]
     return found
 
 

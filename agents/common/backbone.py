@@ -7,6 +7,7 @@ always given, logits beyond the tokenizer's vocabulary are removed, dropout is o
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from textgym.agents.common.head_scaling import find_rescaling
 from textgym.agents.common.kept_rows import KeptRows
 from textgym.agents.common.layout import Rows
+from textgym.agents.common.positions import find_turn, forget_lengths, table_limit, trained_positions
 from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.common.trunks import Trunk, additive, find_trunk, run_trunk
+from textgym.agents.common.ways import Ways, plan_calls
 
 _NOTHING = contextlib.nullcontext()
 
@@ -38,8 +42,8 @@ class Backbone:
         vocab_size: V.
         exact_head: the logits are head(trunk(x)) up to a known scaling, so the head can be applied to chosen positions, in chunks. Where
             that is not so, the whole model is run and its logits are sliced, at the memory cost of (B, T, V) in the model's dtype.
-        dense_mask: attention masks can be handed over ready-made, (B, 1, queries, keys). Otherwise the model builds its own from a
-            (B, keys) one (sliding windows, linear biases, attention kernels other than sdpa and eager).
+        ways: how the model may be run; what its configuration suggests until `trial.choose_ways` has tried it.
+        turn: at which length the model's rotary frequencies change; None for never.
         kept_rows: buffers and captured steps of past decode loops.
     """
 
@@ -64,14 +68,19 @@ class Backbone:
                 f"`model` has {outputs} outputs, fewer than the {vocab_size} tokens of `tokenizer`: some tokens could never be produced. "
                 "Use the tokenizer that the model was trained with, or call `model.resize_token_embeddings(len(tokenizer))` first."
             )
-        self._takes_positions = "position_ids" in inspect.signature(self._trunk.forward).parameters
-        self.dense_mask = self._takes_positions and _plain_attention(self._base.config)
+        parameters = inspect.signature(self._trunk.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self._cache_argument = "cache_params" if "cache_params" in parameters else "past_key_values"
+        self.turn = find_turn(self._base.config)
         self._head: nn.Module | None = head
         self._rescale: Callable[[Tensor], Tensor] | None = None
         self.exact_head = self._find_rescaling()
         self._fast_trunk = find_trunk(self._trunk) if self.exact_head else None
+        dense = self.takes_positions and _plain_attention(self._base.config)
+        self.ways = Ways(decoding="ready-made masks" if dense else "padding", dense_mask=dense)
         self.autocast = autocast
         self.kept_rows = KeptRows()
+        self._said: set[str] = set()
 
     @property
     def config(self) -> Any:
@@ -90,22 +99,69 @@ class Backbone:
         return dtype
 
     @property
+    def dense_mask(self) -> bool:
+        """Whether masks can be handed over ready-made; otherwise the model builds its own from a (B, keys) one, or from nothing."""
+        return self.ways.dense_mask
+
+    @property
+    def num_layers(self) -> int:
+        """Of the trunk."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
     def max_positions(self) -> int | None:
-        """The longest sequence a table of learned positions allows; None for the rest (rotary positions go on)."""
-        for name in ("wpe", "embed_positions", "position_embeddings"):
-            table = getattr(self._trunk, name, None)
-            if isinstance(table, nn.Embedding):
-                return int(self.config.max_position_embeddings)
-        return None
+        """The longest sequence that a table of positions allows; None for the rest (rotary positions go on)."""
+        return self.ways.max_positions
+
+    @property
+    def trained_positions(self) -> int | None:
+        """The longest sequence that the configuration says the model is made for; beyond it rotary models run, but were never trained."""
+        return trained_positions(self.config)
+
+    def settle(self, ways: Ways, *, fast_trunk: bool, exact_head: bool) -> None:
+        """Takes over what a trial has found; what was assumed and did not hold is dropped."""
+        self.ways, self.exact_head = ways, self.exact_head and exact_head
+        if not (fast_trunk and self.exact_head):
+            self._fast_trunk = None
+
+    def shared(self, *, without_adapter: bool, frozen: TargetNetwork | None) -> "Backbone":
+        """Returns the same model run without its adapter or with other weights, in the ways that were found for it as it is."""
+        backbone = Backbone(self.model, self.vocab_size, without_adapter, self.autocast, frozen)
+        backbone.settle(self.ways, fast_trunk=self._fast_trunk is not None, exact_head=self.exact_head)
+        return backbone
+
+    def forget_warnings(self) -> None:
+        """Lets every warning be given again."""
+        self._said = set()
+
+    def table_limit(self, ids: Tensor) -> int | None:
+        """Returns what the tables of positions allow, by a pass over ids (1, S); see `positions.table_limit`."""
+        with self.running():
+            return table_limit(self._base, ids)
 
     def check_length(self, tokens: int, source: str) -> None:
-        """Raises if a sequence of so many tokens has no position for each, before an index error deep in the model says it worse."""
-        limit = self.max_positions
+        """Raises if a sequence of so many tokens has no position for each, before an index error deep in the model says it worse.
+
+        Where positions go on behind those that the model was trained for, one warning says so.
+        """
+        limit, trained = self.max_positions, self.trained_positions
         if limit is not None and tokens > limit:
             raise ValueError(
                 f"{source} needs {tokens} positions (prompt and completion together), but the model has {limit}. "
                 "Use shorter prompts or fewer new tokens."
             )
+        if trained is not None and tokens > trained:
+            self.say_once(
+                "trained positions",
+                f"{source} needs {tokens} positions (prompt and completion together), but the model was trained on 0 to {trained - 1}: "
+                "it runs, but what it says beyond them is not to be trusted. Use shorter prompts or fewer new tokens.",
+            )
+
+    def say_once(self, cause: str, message: str) -> None:
+        """Warns, once for each cause."""
+        if cause not in self._said:
+            self._said.add(cause)
+            warnings.warn(message, stacklevel=3)
 
     def without_dropout(self) -> None:
         """Puts the model in evaluation mode if anything left it: with dropout on, the policy that is scored is not the one that sampled."""
@@ -124,11 +180,11 @@ class Backbone:
         Returns:
             What `logits` takes, one vector per position: hidden states (B, S, H), or (B, S, V) logits where `exact_head` is False.
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        if self._takes_positions and position_ids is not None:
-            inputs["position_ids"] = position_ids
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None}
+        # Left out where there is none: some classes do not take it.
+        inputs |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        inputs |= {} if cache is None else {self._cache_argument: cache}
+        inputs |= self._positions(position_ids)
         with self.running():
             if self.exact_head:
                 states: Tensor = self._trunk(**inputs).last_hidden_state
@@ -149,9 +205,46 @@ class Backbone:
             with self.running():
                 states = run_trunk(self.fast_trunk, layout)
             return states, states
-        attention = None if layout.visible is None else self.attention(layout.visible)
-        features, states = self.features_and_hidden(layout.input_ids, positions, attention)
+        if layout.visible is None:
+            assert layout.lengths is not None, "packed rows bring a mask"
+            return self.states_of(layout.input_ids, layout.lengths, layout.rows, layout.columns)
+        if self.turn is not None and positions is not None and int(positions.max()) >= self.turn.length:
+            raise ValueError(
+                f"`packing` must be False for rows of more than {self.turn.length} tokens with this model, whose rotary frequencies depend "
+                f"on the length of a row from there on; a row here has {int(positions.max()) + 1}."
+            )
+        features, states = self.features_and_hidden(layout.input_ids, positions, self.attention(layout.visible))
         return features[layout.rows, layout.columns], states[layout.rows, layout.columns]
+
+    def states_of(self, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the trunk over rows without a cache, each as if it were alone.
+
+        Args:
+            input_ids: (B, S) int64, rows from column 0.
+            lengths: tokens of each row, (B,) int64.
+            rows: of each state that is wanted, (M,) int64.
+            columns: where it stands in its row, (M,) int64.
+
+        Returns:
+            What `logits` takes and the last hidden states, (M, ...) and (M, H).
+        """
+        calls = plan_calls(lengths, rows, columns, self.ways.batching, self.turn)
+        pieces = []
+        for call in calls:
+            ids = input_ids[:, : call.width]
+            found = self.features_and_hidden(ids if len(call.members) == len(ids) else ids[call.members], None, None)
+            pieces.append(tuple(one[call.rows, call.columns] for one in found))
+        features, states = (torch.cat(kind) for kind in zip(*pieces, strict=True)) if len(calls) != 1 else pieces[0]
+        if len(calls) < 2:
+            return features, states
+        self.say_once(
+            "batching",
+            f"{type(self._base).__name__} does not read a row beside {'others' if self.ways.batching == 'alone' else 'longer ones'} as it "
+            f"reads it alone: rows are run {'one at a time' if self.ways.batching == 'alone' else 'with those of their own length'}, which "
+            "is right and slower.",
+        )
+        order = torch.cat([call.places for call in calls]).argsort()
+        return features[order], states[order]
 
     @property
     def fast_trunk(self) -> Trunk | None:
@@ -163,11 +256,9 @@ class Backbone:
         if self.exact_head:
             features = self.features(input_ids, position_ids, attention_mask)
             return features, features
-        positions = {"position_ids": position_ids} if self._takes_positions and position_ids is not None else {}
+        masks = {} if attention_mask is None else {"attention_mask": attention_mask}
         with self.running():
-            outputs = self._base(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True, **positions
-            )
+            outputs = self._base(input_ids=input_ids, use_cache=False, output_hidden_states=True, **masks, **self._positions(position_ids))
         return outputs.logits, outputs.hidden_states[-1]
 
     def logits(self, features: Tensor) -> Tensor:
@@ -218,45 +309,30 @@ class Backbone:
             context.enter_context(self.model.disable_adapter())
         return context
 
-    @torch.no_grad()
-    def _find_rescaling(self) -> bool:
-        """Finds how the model's logits follow from its head's outputs, by comparing them on two tokens.
+    def plain_log_probs(self, ids: Tensor) -> Tensor:
+        """What everything here has to agree with: transformers' own pass over one row alone, (S, V) float32, from ids (S,) int64."""
+        self._forget_lengths()
+        with self.running():
+            logits: Tensor = self._base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        return logits[:, : self.vocab_size].float().log_softmax(-1)
 
-        A few architectures scale or cap the logits after the head (Cohere, Granite, Gemma). The attribute's name says what is done, and
-        comparing shows whether it is so; an architecture that does something else still works, through its own forward.
-        """
+    def _positions(self, position_ids: Tensor | None) -> dict[str, Tensor]:
+        self._forget_lengths()
+        return {"position_ids": position_ids} if self.takes_positions and position_ids is not None else {}
+
+    def _forget_lengths(self) -> None:
+        if self.turn is not None and not self.turn.once:
+            forget_lengths(self._trunk)
+
+    def _find_rescaling(self) -> bool:
+        """Finds how the model's logits follow from its head's outputs; an architecture of its own kind still works, by its own forward."""
         if self._head is None or self._trunk is self._base:
             return False
         self.without_dropout()
-        ids = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
-        expected = self._base(input_ids=ids, use_cache=False).logits
-        raw = self._head(self._trunk(input_ids=ids, use_cache=False).last_hidden_state)
-        for rescale in (None, *_rescalings(self.config)):
-            scaled = raw if rescale is None else rescale(raw)
-            if scaled.shape == expected.shape and torch.allclose(scaled.float(), expected.float(), rtol=1e-5, atol=1e-5):
-                self._rescale = rescale
-                return True
-        return False
-
-
-class _Rescaling:
-    """Picklable logits -> logits function of an architecture: multiply, divide, or cap with a hyperbolic tangent."""
-
-    def __init__(self, kind: str, value: float) -> None:
-        self.kind, self.value = kind, value
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Applies it to (..., V)."""
-        if self.kind == "logit_scale":
-            return logits * self.value
-        if self.kind == "logits_scaling":
-            return logits / self.value
-        return torch.tanh(logits / self.value) * self.value
-
-
-def _rescalings(config: Any) -> list[_Rescaling]:
-    kinds = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    return [_Rescaling(kind, getattr(config, kind)) for kind in kinds if isinstance(getattr(config, kind, None), (int, float))]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (1, 2), generator=generator).to(self.device)
+        found, self._rescale = find_rescaling(self._base, self._head, self._trunk, ids)
+        return found
 
 
 def mixed_precision(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -283,7 +359,7 @@ def without_peft(model: nn.Module) -> PreTrainedModel:
 def _output_size(base: PreTrainedModel, head: nn.Module | None) -> int:
     """The number of logits the model has: the head's own, since a configuration can be out of date."""
     weight = getattr(head, "weight", None)
-    return int(weight.shape[0]) if isinstance(weight, Tensor) else int(base.config.vocab_size)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else int(base.config.get_text_config().vocab_size)
 
 
 def _plain_attention(config: Any) -> bool:
@@ -292,5 +368,17 @@ def _plain_attention(config: Any) -> bool:
         return False
     if getattr(config, "position_embedding_type", None) == "alibi" or config.model_type in ("bloom", "mpt"):
         return False
+    if _windows(config):
+        return False
     layers = DynamicCache(config=config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _windows(config: Any) -> bool:
+    """Whether layers look at a window that transformers' caches know nothing of, as GPT-Neo's: no trial is as long as every window."""
+    known = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")  # those the caches know
+    for name, value in vars(config.get_text_config()).items():
+        size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if name not in known and size and ("window" in name or "local_att" in name or name == "attention_chunk_size"):
+            return True
+    return getattr(config, "attention_type", None) == "block_sparse"
