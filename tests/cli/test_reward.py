@@ -147,8 +147,8 @@ def test_whole_prompts_are_held_out() -> None:
     [
         (["--model", "somewhere"], "--feedback must be given with --model"),
         (["--held-out", "x.jsonl"], "--held-out must be given with --feedback"),
-        (["--feedback", "none.jsonl"], "--feedback: `feedback` given as a path must be a file"),
-        (["--feedback", "feedback.jsonl", "--model", "./nowhere"], "--model: `path`"),
+        (["--feedback", "none.jsonl"], "--feedback given as a path must be a file"),
+        (["--feedback", "feedback.jsonl", "--model", "./nowhere"], "--model: "),
         (["--feedback", "feedback.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--feedback", "feedback.jsonl", "--set", "center=1"], "Did you mean center_coef?"),
         (["--feedback", "feedback.jsonl", "--set", "seed=1"], "it has an option of its own"),
@@ -204,7 +204,7 @@ def test_what_is_longer_than_max_tokens_is_left_out_everywhere_and_counted(textg
     with_long_ones(feedback)
     monkeypatch.setenv("COLUMNS", "80")
     assert textgym("reward", "--feedback", feedback, *QUICK) == 2
-    assert "pass `max_tokens=" in capsys.readouterr().err
+    assert "pass --set max_tokens=" in capsys.readouterr().err
     assert textgym("reward", "--feedback", feedback, "--set", "max_tokens=40", "--epochs", "2", *QUICK) == 0
     shown = capsys.readouterr().out
     numbers = report()
@@ -223,12 +223,12 @@ def test_held_out_feedback_that_is_all_too_long_is_named_as_such(textgym, feedba
     with_long_ones("long.jsonl")
     command = ["reward", "--feedback", feedback, "--set", "max_tokens=40", *QUICK]
     assert textgym(*command, "--held-out", "long.jsonl") == 2
-    assert "--held-out: `max_tokens` must be at least" in capsys.readouterr().err
+    assert "--held-out: --set max_tokens=... must be at least" in capsys.readouterr().err
     write_feedback("mixed.jsonl", [Comparison(f"p {i}", " good." + " fine." * 300 * (i % 12 == 0), " bad.") for i in range(12)])
     seed = next(seed for seed in range(100) if split(list(read_feedback("mixed.jsonl")), seed)[1][0].prompt == "p 0")
     assert textgym("reward", "--feedback", "mixed.jsonl", "--set", "max_tokens=40", "--seed", str(seed), *QUICK) == 2
     error = capsys.readouterr().err
-    assert "the held-out part of --feedback, 1 records: `max_tokens` must be at least" in error and "Or give --held-out" in error
+    assert "the held-out part of --feedback, 1 records: --set max_tokens=... must be at least" in error and "Or give --held-out" in error
     assert not Path("run").exists()
 
 
@@ -272,7 +272,7 @@ def test_ties_only(textgym, capsys, monkeypatch) -> None:
     write_feedback("ties.jsonl", ranks)
     assert textgym("reward", "--feedback", "ties.jsonl", *QUICK) == 0
     shown = capsys.readouterr().out
-    assert "textgym: `feedback` holds 18 records, all of them ties" in shown and "decides nothing: all of it is ties" in shown
+    assert "textgym: --feedback holds 18 records, all of them ties" in shown and "decides nothing: all of it is ties" in shown
     assert report()["after"]["accuracy"]["mean"] is None and "…" not in shown
     write_feedback("same.jsonl", [Comparison(f"the plot {i} was", " good.", " good.") for i in range(20)])
     assert textgym("reward", "--feedback", "same.jsonl", *QUICK, "--force") == 2
