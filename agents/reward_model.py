@@ -24,6 +24,7 @@ from textgym.agents.common.loading import load_model
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.pieces import Piece
+from textgym.agents.common.progress import counting_bar
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.alignment import aligned
@@ -312,8 +313,13 @@ class RewardModel:
         return [Piece([*row.prompt, *row.completions[0]], len(row.prompt), len(row.prompt) + len(row.completions[0])) for row in encoded]
 
     @torch.no_grad()
-    def score_pieces(self, pieces: Sequence[Piece]) -> Scores:
-        """Returns the scores of pieces, (N, C) float64: batches of like length, each different text once."""
+    def score_pieces(self, pieces: Sequence[Piece], *, progress_bar: bool = False) -> Scores:
+        """Returns the scores of pieces, (N, C) float64: batches of like length, each different text once.
+
+        Args:
+            pieces: N pieces.
+            progress_bar: show one, on a terminal.
+        """
         places: dict[tuple[int, ...], list[int]] = {}
         for number, piece in enumerate(pieces):
             places.setdefault(tuple(piece.ids), []).append(number)
@@ -321,12 +327,14 @@ class RewardModel:
         texts = sorted(places, key=len)
         if self.limit is not None and texts and len(texts[-1]) > self.limit:
             raise ValueError(f"the longest text has {len(texts[-1])} tokens, more than the {self.limit} that the reward model can read.")
-        for start in range(0, len(texts), self.batch_size):
-            batch = texts[start : start + self.batch_size]
-            wanted = [(row, number) for row, text in enumerate(batch) for number in places[text]]
-            table = torch.tensor([(row, pieces[number].start, pieces[number].end) for row, number in wanted], device=self.device)
-            ids, lengths = right_padded(batch, self.tokenizer.pad_token_id, self.device)
-            scores[[number for _, number in wanted]] = self.piece_scores(ids, lengths, *table.unbind(1)).double().cpu().numpy()
+        with counting_bar("scoring", len(texts), shown=progress_bar) as advance:
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                wanted = [(row, number) for row, text in enumerate(batch) for number in places[text]]
+                table = torch.tensor([(row, pieces[number].start, pieces[number].end) for row, number in wanted], device=self.device)
+                ids, lengths = right_padded(batch, self.tokenizer.pad_token_id, self.device)
+                scores[[number for _, number in wanted]] = self.piece_scores(ids, lengths, *table.unbind(1)).double().cpu().numpy()
+                advance(len(batch))
         return scores
 
     def piece_scores(self, ids: Tensor, lengths: Tensor, rows: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
@@ -370,7 +378,9 @@ class RewardModel:
 
     # -- normalisation ----------------------------------------------------------------------------------------------
 
-    def normalise(self, prompts: Sequence[PromptText], completions: Sequence[PromptText], *, unit_std: bool = False) -> Normalisation:
+    def normalise(
+        self, prompts: Sequence[PromptText], completions: Sequence[PromptText], *, unit_std: bool = False, progress_bar: bool = False
+    ) -> Normalisation:
         """Makes the mean reward of given completions, those of the reference, zero; the change is a part of what is saved.
 
         Comparisons fix a reward up to a constant, so nothing that was learned is lost. Of a per-token model the mean per *token* becomes
@@ -380,12 +390,13 @@ class RewardModel:
             prompts: prompts.
             completions: the reference's completions of them.
             unit_std: also divide by the standard deviation of the rewards of these texts, which changes the scale of β.
+            progress_bar: show one, on a terminal.
 
         Returns:
             What was taken out, and where it was written.
         """
         pieces = self.encode(prompts, completions)
-        scores = self.score_pieces(pieces)  # (N, C)
+        scores = self.score_pieces(pieces, progress_bar=progress_bar)  # (N, C)
         counts = np.array([piece.end - piece.start for piece in pieces])[:, None]
         mean = scores.sum(0) / counts.sum()
         std = (scores - mean * counts).std(0) if unit_std else np.ones(self.num_outputs)

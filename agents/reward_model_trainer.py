@@ -126,7 +126,9 @@ class RewardModelTrainer(OfflineLearner):
             )
 
     def read(self, source: Any) -> FeedbackSet:
-        """Reads and tokenises feedback, as in the constructor."""
+        """Reads and tokenises feedback, as in the constructor; what was read by this trainer comes back as it is."""
+        if isinstance(source, FeedbackSet):
+            return source
         records = read_feedback(source).records
         entries = self._entries(records)
         different = [number for number, entry in entries.items() if not entry.same_answers]
@@ -279,7 +281,7 @@ class RewardModelTrainer(OfflineLearner):
             held_out: feedback, in any form that the constructor takes, or what `read` returned.
             progress_bar: show one, on a terminal.
         """
-        data = held_out if isinstance(held_out, FeedbackSet) else self.read(held_out)
+        data = self.read(held_out)
         median = self._median_length(self.examples or data)
         with counting_bar("measuring", len(data), shown=progress_bar) as advance:
             decisions, rewards, loss = self._decide(data, median, advance=advance)

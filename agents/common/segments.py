@@ -55,7 +55,7 @@ def _tokens(model: RewardModel, prompt: PromptText, completion: str) -> tuple[li
         raise ValueError("has spans, which need a tokenizer that knows the characters of its tokens (a fast one)")
     if model.per_token:
         piece = model.encode([prompt], [completion])[0]
-        own = model.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+        own = model.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         count, ids = piece.end - piece.start, own["input_ids"]  # an EOS behind the text stands for no character
         here = piece.ids[piece.start :]
         # A text on its own may begin with a space of the tokenizer's, which a completion behind its prompt has not (SentencePiece).
@@ -63,7 +63,7 @@ def _tokens(model: RewardModel, prompt: PromptText, completion: str) -> tuple[li
         offsets = [tuple(pair) for pair in own["offset_mapping"]][spaced:]
         return piece.ids, [*offsets, *[(len(completion),) * 2] * (count - len(offsets))][:count], piece.start
     text, special = model.reader.text(prompt, completion)
-    encoded = model.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    encoded = model.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     place = text.rfind(completion)
     inside = [
         index

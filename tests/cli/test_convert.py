@@ -86,7 +86,7 @@ def test_marked_texts_by_category(textgym: Any) -> None:
         (["--to", "pairs", "--category", "wrong"], "--category must be one of those in the spans, which are none, not wrong"),
         (["--to", "pairs", "--rename", "a"], "--rename takes OLD=NEW"),
         (["--to", "pairs", "--rename", "a=b", "--rename", "a=c"], "--rename a=c: a is renamed twice"),
-        (["--to", "pairs", "--form", "pairs"], "`form` must be one of"),
+        (["--to", "pairs", "--form", "pairs"], "FILES: --form must be one of"),
     ],
 )
 def test_errors_are_one_sentence(textgym: Any, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

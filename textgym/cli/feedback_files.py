@@ -36,16 +36,9 @@ class FeedbackReading:
         try:
             return read_feedback(source, self.form, on_bad_row=bad_rows, rename=self.rename, positive=self.positive)  # type: ignore[arg-type]
         except FeedbackError as error:
-            raise LinesError(_with_options(f"{name} {str(error).removeprefix('`feedback` ')}")) from error
+            raise LinesError(f"{name} {str(error).removeprefix('`feedback` ')}") from error
         except (ValueError, OSError) as error:
             raise UserError(f"{name}: {one_line(error)}") from error
-
-
-def _with_options(message: str) -> str:
-    """Says the arguments of `read_feedback` as the options that stand for them."""
-    for argument, given in (("`on_bad_row='keep_good'`", "--keep-good"), ("`rename`", "--rename OLD=NEW"), ("`form`", "--form")):
-        message = message.replace(f"pass {argument}", f"give {given}").replace(argument, given)
-    return message.replace("pass `positive=` with the one", "give --positive with the one")
 
 
 def parse_renames(given: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import typer
 
 from textgym.cli.algorithms import OTHER_LEARNING_RATE, REWARD
 from textgym.cli.errors import UserError, one_sentence_errors
+from textgym.cli.feedback_files import parse_renames
 from textgym.cli.options import Device, Force, Resume, Seed, falling_learning_rate, out_option, resume_changes, set_option
 from textgym.cli.settings import option, parse_options
 
@@ -25,6 +26,8 @@ class RewardSettings:
     algorithm: str = REWARD
     feedback: tuple[str, ...] | None = None
     held_out: str | None = None
+    form: str | None = None
+    rename: dict[str, str] | None = None
     keep_good: bool = False
     positive: str | None = None
     model: str | None = None
@@ -74,7 +77,7 @@ class RewardSettings:
             raise UserError(f"--learning-rate must be a number, 0 or above, not {self.learning_rate}.")
         if self.feedback is None and self.model is not None:
             raise UserError("--feedback must be given with --model: what is used without it was made of the bundled model's texts.")
-        for name in ("held_out", "positive", "keep_good"):
+        for name in ("held_out", "form", "rename", "positive", "keep_good"):
             if self.feedback is None and getattr(self, name):
                 raise UserError(f"{option(name)} must be given with --feedback.")
         if self.reference_texts is not None and not self.normalise:
@@ -117,6 +120,13 @@ def reward(
         str | None,
         typer.Option(help="Feedback to measure on, of the same forms.", show_default="a tenth of the prompts, at most 500 records"),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="The form that all rows have, where their columns fit several: comparison, ranking, judgements, label, ..."),
+    ] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="A column that is called otherwise; repeatable.", show_default=False)
+    ] = None,
     keep_good: Annotated[bool, typer.Option("--keep-good", help="Leave out rows that are no feedback, instead of stopping.")] = False,
     positive: Annotated[str | None, typer.Option(help="Of labels that are names of classes, the one that means good.")] = None,
     model: Annotated[
@@ -134,7 +144,8 @@ def reward(
     reference_texts: Annotated[
         str | None,
         typer.Option(
-            help="What the mean is taken over: .jsonl with prompt and completion, samples of the model that RL will start from.",
+            help="What the mean is taken over: .jsonl with prompt and completion, best samples of the model that RL will start from, as "
+            "textgym generate --json writes them. Of more than 2,000 texts so many are drawn.",
             show_default="the feedback's own texts",
         ),
     ] = None,
@@ -168,8 +179,8 @@ def reward(
 
     Ends with accuracy, log loss and calibration on held-out feedback before and after, beside what the lengths of the texts alone would
     say, and a run folder with the learning curves, the reliability plot, the report and the model, a transformers classifier that
-    textgym train takes as --reward. Without options it learns a reward of film reviews, in about a minute. Ctrl-C saves and says how to go
-    on.
+    textgym train takes as --reward. What is left out, such as rows longer than --set max_tokens=N, is counted. Without options it learns a
+    reward of film reviews, in about a minute. Ctrl-C saves and says how to go on.
     """
     with one_sentence_errors():
         if resume is not None:
@@ -181,6 +192,8 @@ def reward(
         settings = RewardSettings(
             feedback=tuple(feedback) if feedback else None,
             held_out=held_out,
+            form=form,
+            rename=parse_renames(rename) if rename else None,
             keep_good=keep_good,
             positive=positive,
             model=model,

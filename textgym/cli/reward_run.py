@@ -1,43 +1,49 @@
-"""What `textgym reward` does: read feedback, hold some out, train a reward model, report it, and write everything into a run folder."""
+"""What `textgym reward` does: read feedback, train a reward model, report and normalise it, and write everything into a run folder."""
 
 import json
-import random
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from rich.table import Table
+import typer
 from stable_baselines3.common.utils import LinearSchedule
 
+from textgym.agents.common.feedback_sets import FeedbackSet
 from textgym.agents.common.held_out import HeldOut
 from textgym.agents.reward_model import RewardModel
 from textgym.agents.reward_model_trainer import RewardModelTrainer
 from textgym.bundled import bundled_model_path
-from textgym.cli import default_data
 from textgym.cli.algorithms import REWARD
 from textgym.cli.arguments import check_options
-from textgym.cli.errors import UserError, one_line
+from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line, told
 from textgym.cli.plots import REWARD_MODEL_PANELS, plot_curves, plot_reliability
 from textgym.cli.reward import RewardSettings
+from textgym.cli.reward_feedback import (
+    NormalisationTexts,
+    Records,
+    counts,
+    counts_in_words,
+    load_feedback,
+    normalisation_texts,
+    read_held_out,
+    unknown_tokens,
+)
+from textgym.cli.reward_report import PER_TOKEN_FILE, category_table, next_commands, numbers_table, write_per_token_rewards
 from textgym.cli.run_folder import RunFolder, write_json
 from textgym.cli.training import Training
-from textgym.cli.workplace import check_device, load_policy, quiet_transformers, unknown_options
-from textgym.evaluation import Estimate, RewardModelReport
-from textgym.feedback import Comparison, Judgements, Label, Marking, Ranking, Record, SegmentPair, read_feedback
-from textgym.prompts import PromptText, read_rows
+from textgym.cli.workplace import check_device, quiet_transformers, unknown_options
+from textgym.evaluation import RewardModelReport
+from textgym.feedback import Marking
 
-MAX_HELD_OUT = 500  # records; every measurement reads them all
-MAX_NORMALISED = 2000  # texts that the mean is taken over
 EVALUATIONS = 20
-MAX_NEW_TOKENS = 24  # of the bundled model's texts
-FEWEST_PROMPTS = 10  # to hold out whole prompts
 _RESERVED = (
     *("reward_model", "feedback", "learning_rate", "n_epochs", "batch_size", "evaluation"),
     *("seed", "device", "tensorboard_log", "optimizer", "verbose", "stats_window_size"),
 )
-Records = list[Record]
-Texts = list[tuple[PromptText, PromptText]]
 
 
 class RewardRun(Training):
@@ -46,7 +52,7 @@ class RewardRun(Training):
     Args:
         trainer: the trainer, connected to the feedback that is trained on.
         held_out: the feedback that is measured on.
-        reference_texts: prompts and completions that the reward is normalised on; none for not at all.
+        texts: what the reward is normalised on.
         folder: the run's.
         settings: the run's.
     """
@@ -54,40 +60,47 @@ class RewardRun(Training):
     settings: RewardSettings
 
     def __init__(
-        self, trainer: RewardModelTrainer, held_out: Records, reference_texts: Texts, folder: RunFolder, settings: RewardSettings
+        self, trainer: RewardModelTrainer, held_out: FeedbackSet, texts: NormalisationTexts, folder: RunFolder, settings: RewardSettings
     ) -> None:
         super().__init__(trainer, folder, settings)
-        self.trainer, self.held_out, self.reference_texts = trainer, held_out, reference_texts
+        self.trainer, self.held_out, self.texts = trainer, held_out, texts
 
     @classmethod
     def start(cls, settings: RewardSettings, out: Path | None, force: bool) -> Self:
         """Makes a new run; its folder appears only when its options and its feedback have proved right."""
         folder = RunFolder.choose(REWARD, out, force)
         check_options(settings.options, RewardModelTrainer, _RESERVED)
-        train, held_out = load_feedback(settings)
-        texts = load_reference_texts(settings, train)
-        model = load_reward_model(settings, [*train, *held_out])
+        parts = load_feedback(settings)
+        model = load_reward_model(settings, [*parts.train, *parts.held_out])
         falling = LinearSchedule(settings.step_size, 0.0, 1.0)
         sizes: dict[str, Any] = {"n_epochs": settings.passes, "batch_size": settings.batch_size}
-        with unknown_options():
-            trainer = RewardModelTrainer(model, train, falling, seed=settings.seed, **sizes, **settings.options)
-        trainer.evaluation = _evaluation(settings, trainer, held_out, folder)
+        with unknown_options(), _said_warnings():
+            trainer = RewardModelTrainer(model, parts.train, falling, seed=settings.seed, **sizes, **settings.options)
         assert trainer.examples is not None
+        held_out = read_held_out(trainer, parts)
+        texts = normalisation_texts(settings, parts.train, trainer)
+        found = counts(parts, trainer.examples, held_out)
+        print(counts_in_words(found, trainer.max_tokens))
+        if unknown := unknown_tokens(model, trainer.examples):
+            print(f"textgym: {unknown}")
+        trainer.evaluation = _evaluation(settings, _interval(trainer), held_out, folder)
         length = settings.total_timesteps or settings.passes * int(trainer.examples.num_tokens.sum())
         run = cls(trainer, held_out, texts, folder, replace(settings, total_timesteps=length))
         report = run.measure("before")
-        folder.create(run.settings)
-        run.write(before=report.to_dict())
+        folder.create(run.settings, feedback=found)
+        run.write(feedback=found, before=report.to_dict())
         return run
 
     @classmethod
     def resume(cls, folder: RunFolder, settings: RewardSettings) -> Self:
         """Goes on with the run in `folder`."""
-        train, held_out = load_feedback(settings)
-        evaluation = _evaluation(settings, None, held_out, folder)
-        trainer = RewardModelTrainer.load(folder.checkpoint, train, device=check_device(settings.device), evaluation=evaluation)
+        parts = load_feedback(settings)
+        evaluation = _evaluation(settings, 1, parts.held_out, folder)
+        with _said_warnings():
+            trainer = RewardModelTrainer.load(folder.checkpoint, parts.train, device=check_device(settings.device), evaluation=evaluation)
         evaluation.interval = settings.eval_interval or _interval(trainer)
-        return cls(trainer, held_out, load_reference_texts(settings, train), folder, settings)
+        held_out, texts = read_held_out(trainer, parts), normalisation_texts(settings, parts.train, trainer)
+        return cls(trainer, held_out, texts, folder, settings)
 
     @property
     def report_file(self) -> Path:
@@ -97,7 +110,7 @@ class RewardRun(Training):
     def measure(self, when: str) -> RewardModelReport:
         """Measures the reward model `"before"` or `"after"` training."""
         self.console.print(f"Measuring the reward model {when} training on held-out feedback ...", style="dim")
-        return self.trainer.evaluate(self.held_out)
+        return self.trainer.evaluate(self.held_out, progress_bar=True)
 
     def write(self, **reports: Any) -> None:
         """Adds to `report.json`."""
@@ -113,25 +126,82 @@ class RewardRun(Training):
         """Draws the curves of all metrics so far."""
         plot_curves(self.folder.read_metrics(), self.folder.curves, "Reward model", REWARD_MODEL_PANELS)
 
+    def save_checkpoint(self) -> None:
+        """Saves the trainer, to continue from. `model/` is written in the end, when it is normalised."""
+        self.agent.save(self.folder.checkpoint)
+
+    def go_on(self) -> None:
+        """Trains the rest; a run whose training is done, and whose end is missing, is brought to its end."""
+        report, done = self.read(), self.agent.num_timesteps
+        trained = done >= self.settings.training_length or report.get("trained") == done
+        if trained and report.get("finished") != done:
+            self.folder.change_settings(self.settings)
+            print(f"Resuming {self.folder.path}: its {done:,} timesteps are trained; measuring and normalising")
+            self.finish()
+        else:
+            super().go_on()
+
+    # -- the end ----------------------------------------------------------------------------------------------------------------
+
     def finish(self) -> None:
-        """Measures the trained model, normalises it, writes it, and reports."""
-        after = self.measure("after")
-        self.write(after=after.to_dict())
-        if self.reference_texts:
-            self._normalise()
-        self.trainer.reward_model.save_pretrained(self.folder.model)
-        self.plot()
-        plot_reliability(after.reliability, self.folder.path / "reliability.png", "Calibration on held-out feedback")
-        before = self.read()["before"]
-        self.console.print(numbers_table(before, after.to_dict()))
+        """Measures the trained model, normalises it, writes it, and reports; whatever fails here can be gone on with."""
+        with self._trained_model_kept():
+            self.write(trained=self.agent.num_timesteps)
+            after = self.measure("after")
+            self.write(after=after.to_dict())
+            if self.texts.texts:
+                self._normalise()
+            self.trainer.reward_model.save_pretrained(self.folder.model)
+            if self.trainer.reward_model.per_token:
+                write_per_token_rewards(self.trainer.reward_model, self.folder.path / PER_TOKEN_FILE)
+            self.plot()
+            plot_reliability(after.reliability, self.folder.path / "reliability.png", "Calibration on held-out feedback")
+            self.write(finished=self.agent.num_timesteps)
+        report = self.read()
+        self.console.print(numbers_table(report["before"], report["after"]))
+        if (categories := category_table(report["before"], report["after"])) is not None:
+            self.console.print(categories)
+        self._say_normalisation(report.get("normalisation"))
         self._say_what_lies_where()
+
+    @contextmanager
+    def _trained_model_kept(self) -> Iterator[None]:
+        """Says, whatever ends the part behind training, that nothing is lost and how to go on."""
+        kept = f"Training is done and saved, {self.folder.model} is not written yet"
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.console.print(f"\n{kept}. Go on with:\n  {self.folder.resume_command()}", highlight=False, soft_wrap=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            self.folder.error.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            fail(
+                error,
+                f" ({kept}; the traceback is in {self.folder.error}. When this is mended, go on with: {self.folder.resume_command()})",
+            )
 
     def _normalise(self) -> None:
         """Shifts the saved model, not the checkpoint: a run that goes on does so from what was trained."""
-        prompts, completions = zip(*self.reference_texts, strict=True)
-        done = self.trainer.reward_model.normalise(prompts, completions)
-        self.write(normalisation={"mean": done.mean.tolist(), "texts": len(prompts), "in_weights": done.in_weights})
-        if not done.in_weights:
+        self.console.print(f"Normalising the reward on {self.texts.source} ...", style="dim")
+        prompts, completions = zip(*self.texts.texts, strict=True)
+        done = self.trainer.reward_model.normalise(prompts, completions, progress_bar=True)
+        numbers = {"mean": done.mean.tolist(), "texts": len(prompts), "in_weights": done.in_weights}
+        self.write(normalisation={**numbers, "source": self.texts.source, "left_out": self.texts.left_out})
+
+    def _say_normalisation(self, done: dict[str, Any] | None) -> None:
+        if done is None:
+            said = "The reward is not normalised: its level means nothing."
+        else:
+            means = ", ".join(f"{mean:.4f}" for mean in done["mean"])
+            per = " per token" if self.trainer.reward_model.per_token else ""
+            left_out = f" ({done['left_out']:,} that are too long left out)" if done["left_out"] else ""
+            cure = "" if self.settings.reference_texts else " Better are samples of the model that RL will start from: --reference-texts."
+            said = (
+                f"Normalised: the mean {means}{per} of {done['texts']:,} of {done['source']}{left_out} was subtracted, so that the mean "
+                f"reward of these is 0 in model/ (the table shows it before).{cure}"
+            )
+        self.console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if done is not None and not done["in_weights"]:
             self.console.print(
                 "The mean stands in the model's config.json as reward_offset: its architecture has no parameter for a constant, so that "
                 "transformers alone gives the scores without it.",
@@ -141,122 +211,29 @@ class RewardRun(Training):
     def _say_what_lies_where(self) -> None:
         self.console.print(f"Run folder: {self.folder.path}", style="bold", highlight=False, soft_wrap=True)
         contents = (
-            (self.folder.model, f"the reward model: textgym train rloo --reward {self.folder.model}"),
-            (self.report_file, "these numbers, and the reliability table"),
+            (self.folder.model, "the reward model"),
+            (self.report_file, "these numbers, what was left out, and the reliability table"),
             (self.folder.curves, "learning curves"),
             (self.folder.path / "reliability.png", "stated against observed accuracy"),
-            (self.folder.best_model, "the model with the lowest held-out loss"),
+            (self.folder.best_model, "the model with the lowest held-out loss, not normalised"),
             (self.folder.checkpoint, f"to train on: {self.folder.resume_command()} --total-timesteps N"),
         )
         for path, note in contents:
             if path.exists():
                 self.console.print(f"  {path.name:<16} {note}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print("To train a policy by it:", highlight=False)
+        for command in next_commands(self.trainer.reward_model, self.folder.model, self.settings):
+            self.console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def numbers_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Returns a report before and after training, beside what the lengths alone say."""
-    rule = "longer wins" if after["longer_wins"] else "shorter wins"
-    table = Table(title=f"On {after['num_decisions']} decisions of held-out feedback")
-    for column in ("", "before", "after", rule):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    length = str(Estimate(**after["length_accuracy"]))
-    table.add_row("accuracy", str(Estimate(**before["accuracy"])), str(Estimate(**after["accuracy"])), length)
-    for name, label in (
-        ("log_loss", "log loss (coin: 0.693)"),
-        ("expected_calibration_error", "calibration error"),
-        ("loss", "loss"),
-        ("reward_mean", "reward mean"),
-        ("reward_std", "reward std"),
-    ):
-        table.add_row(label, f"{before[name]:.4f}", f"{after[name]:.4f}", "")
-    return table
-
-
-# -- feedback ------------------------------------------------------------------------------------------------------------
-
-
-def load_feedback(settings: RewardSettings) -> tuple[Records, Records]:
-    """Returns the feedback to train on and what is held out."""
-    if settings.feedback is None:
-        policy = load_policy("--model", str(bundled_model_path()), settings.device)
-        return split(list(default_data.comparisons(policy, settings.seed, MAX_NEW_TOKENS)), settings.seed)
-    records = _read("--feedback", list(settings.feedback), settings)
-    if settings.held_out is not None:
-        return records, _read("--held-out", settings.held_out, settings)
-    return split(records, settings.seed)
-
-
-def _read(name: str, source: Any, settings: RewardSettings) -> Records:
-    try:
-        found = read_feedback(source, on_bad_row="keep_good" if settings.keep_good else "raise", positive=settings.positive)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{name}: {one_line(error)}") from error
-    if found.bad_rows:
-        print(f"textgym: {name}: left out {len(found.bad_rows)} rows; the first: {found.bad_rows[0].reason}")
-    return found.records
-
-
-def split(records: Records, seed: int) -> tuple[Records, Records]:
-    """Returns the records to train on and those that are held out: all of a tenth of the prompts, at most `MAX_HELD_OUT` records.
-
-    Where there are hardly any prompts, as of labelled texts, single records are held out.
-    """
-    groups: dict[str, Records] = {}
-    for number, record in enumerate(records):
-        groups.setdefault(prompt_of(record) or f"record {number}", []).append(record)
-    if len(groups) < FEWEST_PROMPTS:
-        groups = {f"record {number}": [record] for number, record in enumerate(records)}
-    names = list(groups)
-    random.Random(seed).shuffle(names)
-    held_out: Records = []
-    chosen = set()
-    for name in names[: max(1, len(names) // 10)]:
-        if held_out and len(held_out) + len(groups[name]) > MAX_HELD_OUT:
-            break
-        held_out += groups[name]
-        chosen.add(name)
-    train = [record for name in groups if name not in chosen for record in groups[name]]
-    if not train:
-        raise UserError("--feedback holds one record, so none can be held out: give --held-out too.")
-    return train, held_out
-
-
-def prompt_of(record: Record) -> str:
-    """Returns what tells the prompt of a record from others; "" where it has none."""
-    if isinstance(record, SegmentPair):
-        return repr(record.first.prompt_ids)
-    return repr(record.prompt) if record.prompt else ""
-
-
-def texts_of(record: Record) -> Sequence[tuple[PromptText, PromptText]]:
-    """Returns the texts of a record, each with its prompt; segments are none."""
-    if isinstance(record, Comparison):
-        return [(record.prompt, record.chosen), (record.prompt, record.rejected)]
-    if isinstance(record, Ranking | Judgements):
-        return [(record.prompt, completion) for completion in record.completions]
-    if isinstance(record, Label | Marking):
-        return [(record.prompt, record.completion)]
-    return []
-
-
-def load_reference_texts(settings: RewardSettings, train: Records) -> Texts:
-    """Returns the texts of `--reference-texts`, else those of the feedback, at most `MAX_NORMALISED`; none with `--no-normalise`."""
-    if not settings.normalise:
-        return []
-    if settings.reference_texts is None:
-        texts = [text for record in train for text in texts_of(record)]
-    else:
-        try:
-            rows = read_rows(settings.reference_texts, "reference_texts", forms="the path of a .jsonl or .jsonl.gz file")
-        except (ValueError, OSError) as error:
-            raise UserError(f"--reference-texts: {one_line(error)}") from error
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
-                raise UserError(f"--reference-texts: row {number} must have the columns prompt and completion.")
-        texts = [(row["prompt"], row["completion"]) for row in rows]
-    if not texts:
-        raise UserError("the feedback has no texts to normalise on, only segments: give --reference-texts, or --no-normalise.")
-    return random.Random(settings.seed).sample(texts, min(len(texts), MAX_NORMALISED))
+@contextmanager
+def _said_warnings() -> Iterator[None]:
+    """Prints what the trainer warns of as lines of the command line's own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for one in caught:
+        print(f"textgym: {told(str(one.message))}")
 
 
 def load_reward_model(settings: RewardSettings, records: Records) -> RewardModel:
@@ -272,8 +249,8 @@ def load_reward_model(settings: RewardSettings, records: Records) -> RewardModel
 # -- running -------------------------------------------------------------------------------------------------------------
 
 
-def _evaluation(settings: RewardSettings, trainer: RewardModelTrainer | None, held_out: Records, folder: RunFolder) -> HeldOut:
-    interval = settings.eval_interval or (1 if trainer is None else _interval(trainer))
+def _evaluation(settings: RewardSettings, interval: int, held_out: FeedbackSet | Records, folder: RunFolder) -> HeldOut:
+    interval = settings.eval_interval or interval
     return HeldOut(held_out, interval=interval, patience=settings.patience, best_model_path=folder.best_model)
 
 

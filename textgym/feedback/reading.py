@@ -204,9 +204,7 @@ def _message(feedback: Feedback) -> str:
     if len(faults) > _SHOWN_ROWS:
         shown.append(f"  and {sum(map(len, list(faults.values())[_SHOWN_ROWS:])):,} more, with other faults")
     cure = (
-        "Mend them, or pass `on_bad_row='keep_good'` to leave them out."
-        if feedback.records
-        else "None is left: `rename` gives columns other names, `form` says which form the rows have."
+        "Mend them, or pass `on_bad_row='keep_good'` to leave them out." if feedback.records else "None is left; see `rename=` and `form=`."
     )
     bad, count = len(feedback.bad_rows), len(feedback.bad_rows) + len(feedback.records)
     return "\n".join([f"`feedback` must have good rows only, got {bad:,} bad of {count:,}:", *shown, cure])
