@@ -28,7 +28,10 @@ from textgym.agents.common.adapters import check_reference
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import Critic, CriticSpec
 from textgym.agents.common.diagnostics import STEPS, broken_gradient, still_outputs, zero_gradient
+from textgym.agents.common.devices import as_device
+from textgym.agents.common.environments import common_ends
 from textgym.agents.common.options import CommonOptions
+from textgym.agents.common.precision import warn_of_rounding
 from textgym.agents.common.progress import ProgressCallback
 from textgym.agents.common.run_warnings import RunWarnings
 from textgym.agents.common.schedules import as_schedule
@@ -108,7 +111,7 @@ class Agent(BaseAlgorithm):
         if isinstance(policy, CausalLMPolicy) and policy.mask is not None:
             raise ValueError("`policy` must not carry a mask, got that of another agent. Take it off with `policy.mask = None`.")
         if settings["device"] != "auto":
-            policy.to(settings["device"])
+            policy.to(as_device(settings["device"]))
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if settings["seed"] is None else settings["seed"]
         super().__init__(
             policy=type(policy),
@@ -123,6 +126,9 @@ class Agent(BaseAlgorithm):
         )
         if isinstance(policy, CausalLMPolicy) and isinstance(reference, CausalLMPolicy):
             check_reference(policy, reference)
+        measured_in = getattr(settings["evaluation"], "env", None)
+        if measured_in is not None and isinstance(policy, CausalLMPolicy):
+            common_ends(measured_in, policy.eos_token_ids, "evaluation")
         self.policy, self.reference = policy, reference
         self.critic = None if critic is None else Critic.build(policy, critic, seed)
         self.critic_learning_rate = None if critic_learning_rate is None else as_schedule("critic_learning_rate", critic_learning_rate)
@@ -152,7 +158,11 @@ class Agent(BaseAlgorithm):
         self._env_seed: int | None = int(environment.generate_state(1)[0])
         self.sampling_generator = torch.Generator(device=self.policy.device)
         self.sampling_generator.manual_seed(self.seed)
-        self.optimizer = self._make_optimizer(self._parameter_groups())
+        groups = self._parameter_groups()
+        self.optimizer = self._make_optimizer(groups)
+        # A schedule may begin at 0.
+        rates = [self.lr_schedule(progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)]
+        warn_of_rounding(self.trained, (parameter for group in groups for parameter in group["params"]), rates)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The policy's parameters, and in a second group the critic's where the algorithm has one."""

@@ -142,11 +142,7 @@ class OfflineLearner(Agent):
             self._saved_position = state
             return
         if self.examples.fingerprint() != state["fingerprint"]:
-            saved, found = state["fingerprint"], self.examples.fingerprint()
-            raise ValueError(
-                f"`{self.argument}` must be those that the checkpoint was trained on, {saved['num_items']} with {saved['tokens']} tokens, "
-                f"got {found['num_items']} with {found['tokens']} tokens, or others. To train on those, load without and call `connect`."
-            )
+            raise ValueError(_difference(self.argument, state["fingerprint"], self.examples.fingerprint()))
         self.order.load_state_dict(state["order"])
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -302,6 +298,21 @@ class OfflineLearner(Agent):
         """What the progress bar says: the loss of the last step, and its accuracy where there is one."""
         names = {"train/loss": "loss", "rewards/accuracies": "accuracy", "train/accuracy": "accuracy"}
         return "  ".join(f"{short} {self._last_metrics[key]:.3f}" for key, short in names.items() if key in self._last_metrics)
+
+
+def _difference(argument: str, saved: dict[str, Any], found: dict[str, Any]) -> str:
+    """Says in what examples differ from those of a checkpoint."""
+    counts = f"{saved['num_items']} with {saved['tokens']} tokens"
+    if saved["num_items"] != found["num_items"]:
+        what = f"got {found['num_items']} with {found['tokens']} tokens"
+    elif saved["tokens"] != found["tokens"]:
+        what = f"got as many with {found['tokens']} tokens: other texts, or another setting of what is a token of them (`append_eos`, ends)"
+    else:
+        what = "got as many with as many tokens, but their contents, weights or order are others"
+    return (
+        f"`{argument}` must be those that the checkpoint was trained on, {counts}, {what}. "
+        "To train on others, load without and call `connect`."
+    )
 
 
 def _add(metrics: dict[str, float], share: Share) -> None:

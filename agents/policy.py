@@ -7,27 +7,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.utils import get_device
 from torch import Tensor, nn
 
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.action_masks import ActionMasker, PolicyMask
 from textgym.agents.common.adapters import adds_nothing, is_adapter, save_outside, trained_outside
-from textgym.agents.common.backbone import Backbone
+from textgym.agents.common.backbone import Backbone, without_peft
+from textgym.agents.common.devices import as_device
 from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
+from textgym.agents.common.precision import AUTO, half_dtype, name_of, products_for, tell_once
 from textgym.agents.common.prompt_batches import Prompts, encode
-from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
+from textgym.agents.common.sampling import Sampling, TokenRule
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.target_network import TargetNetwork
 from textgym.agents.common.token_mask import TokenMask
 from textgym.agents.common.trial import choose_ways
 from textgym.agents.engines import CachedEngine, GenerationEngine
 from textgym.alignment import aligned
+from textgym.end_tokens import write_end_ids
 from textgym.tokenizers import decode_completions, end_token_ids, filler_token_id
 
 Array = npt.NDArray[Any]
@@ -38,8 +39,9 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
     """A causal language model that chooses tokens.
 
     Sampling (`generate`, `predict`) and scoring (`score`, `log_probs`, ...) use the same distribution: the model's logits over the
-    tokenizer's vocabulary, divided by `temperature`, restricted by `top_k`, `top_p` and `min_p`, renormalised. Nothing is inherited from
-    the model's `generation_config`. Dropout is off at all times: the model stays in evaluation mode, whatever `train()` is called with.
+    tokenizer's vocabulary, divided by `temperature`, restricted by `top_k`, `top_p` and `min_p`, renormalised. Nothing but the end tokens
+    is inherited from the model's `generation_config`. Dropout is off at all times: the model stays in evaluation mode, whatever
+    `train()` is called with.
 
     Args:
         model: a transformers causal LM, or a peft model around one.
@@ -49,7 +51,8 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         top_p: see `Sampling`.
         min_p: see `Sampling`.
         device: where the model goes; "auto" takes a GPU if there is one. A model that was loaded with a `device_map` is not moved.
-        eos_token_ids: the ids that end a completion; by default the tokenizer's.
+        eos_token_ids: the ids that end a completion; by default the tokenizer's, those of the model's `generation_config`, and the special
+            token with which the chat template closes an answer, see `textgym.end_tokens`.
         decode_batch_size: completions that are sampled at a time where `generate` is not told otherwise; None: all of them.
         autocast: mixed precision: the dtype of the model's matrix products, "bfloat16" or a `torch.dtype`; weights, norms, log-probs and
             gradients stay what they are. None: that of the weights.
@@ -93,14 +96,14 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         self.sampling = Sampling(temperature, top_k, top_p, min_p)
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
-        self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
+        self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids, model=without_peft(model))
         self.fill_token_id = filler_token_id(tokenizer, self.eos_token_ids)
         self.frozen = False
         self.mask: TokenMask | None = None
         if getattr(model, "hf_device_map", None) is None:
-            model.to(get_device(device))
+            model.to(as_device(device))
         self.model: Any = aligned(model)
-        self.backbone = Backbone(model, self.vocab_size, autocast=_half_dtype(autocast))
+        self.backbone = Backbone(model, self.vocab_size, autocast=half_dtype(autocast))
         choose_ways(self.backbone)
         self._acting = ActingState()
         self._generator: torch.Generator | None = None
@@ -114,6 +117,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         *,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
+        autocast: torch.dtype | str | None = "auto",
         trust_remote_code: bool = False,
         lora: Any = None,
         **settings: Any,
@@ -124,16 +128,29 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             path: a folder that `save_pretrained` wrote (a LoRA adapter alone is put on the model that it names), or an id of the Hugging
                 Face hub (its cache, or a download).
             device: see the class.
-            dtype: of the weights; "auto" keeps that of the checkpoint.
+            dtype: of the weights. "auto" is that of the checkpoint, but float32 for one in half precision, whose weights would not move by
+                the small steps of training; under an adapter, where they take none, they stay as they are. "checkpoint" is that of the
+                checkpoint: half the memory, for generating and scoring.
+            autocast: see the class. "auto" is bfloat16 where a bfloat16 checkpoint was loaded as float32 and the device has units for it
+                (newer GPUs; CPUs with AVX512-BF16 or AMX), else None.
             trust_remote_code: run Python code that comes with the checkpoint.
             lora: a `peft.LoraConfig`: train this adapter and leave the weights alone.
             **settings: further arguments of the class (`temperature`, ...).
+
+        Raises:
+            ValueError: there is no such model, or an argument breaks one of the rules above.
         """
-        model, tokenizer = load_model(path, dtype, trust_remote_code, lora)
-        return cls(model, tokenizer, device=device, **settings)
+        place = as_device(device)
+        model, tokenizer, widened = load_model(path, dtype, trust_remote_code, lora)
+        if autocast == AUTO:
+            autocast = None if widened is None else products_for(widened, place)
+        policy = cls(model, tokenizer, device=place, autocast=autocast, **settings)
+        if widened is not None:
+            tell_once(os.fspath(path), widened, policy.backbone.autocast)
+        return policy
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model and tokenizer as transformers reads them, weights as safetensors only.
+        """Writes model and tokenizer as transformers reads them, weights as safetensors only; `generation_config.json` has the end tokens.
 
         Of a LoRA policy the adapter alone is written, with the name of the model that it belongs to; so that model must have come from a
         folder or the hub. `policy.model.merge_and_unload().save_pretrained(folder)` writes a whole model instead.
@@ -148,11 +165,18 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
             if self.is_adapter:
                 save_outside(self.model, Path(folder))
         self.tokenizer.save_pretrained(folder)
+        write_end_ids(folder, self.tokenizer, self.eos_token_ids)
 
     def loading_arguments(self) -> dict[str, Any]:
         """What `from_pretrained` must be told to get the same distribution again from what `save_pretrained` wrote."""
-        precision = {} if self.backbone.autocast is None else {"autocast": str(self.backbone.autocast).removeprefix("torch.")}
-        return {**dataclasses.asdict(self.sampling), **precision}
+        autocast = self.backbone.autocast
+        return {
+            **dataclasses.asdict(self.sampling),
+            "eos_token_ids": list(self.eos_token_ids),
+            "decode_batch_size": self.decode_batch_size,
+            "dtype": name_of(self.backbone.dtype),
+            "autocast": None if autocast is None else name_of(autocast),
+        }
 
     def reference(self, *, adapter: bool = True) -> "CausalLMPolicy":
         """Returns the policy as it is now, frozen.
@@ -390,52 +414,6 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
                 value_head=values,
                 return_kept=return_keep,
             )
-
-    def predict(
-        self,
-        observation: Observation,
-        state: Any = None,
-        episode_start: Array | None = None,
-        deterministic: bool = False,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Array, Any]:
-        """Chooses the next token, as Stable-Baselines3's policies do.
-
-        Args:
-            observation: one observation or a batch.
-            state: an `ActingState` of the caller's own, if several loops share this policy; None uses the policy's. A key-value cache is
-                reused for rows that have grown by one token since the last call with the same state.
-            episode_start: not needed: a row that starts again is recognised by its tokens.
-            deterministic: the most probable token instead of a draw.
-            generator: the source of the draw, on the policy's device; None: the policy's own.
-
-        Returns:
-            the action(s), int64, and the state used.
-        """
-        del episode_start
-        single = np.ndim(observation["input_ids"]) == 1
-        batch = {key: np.atleast_2d(np.asarray(observation[key])) for key in ("input_ids", "attention_mask")}
-        acting = state if isinstance(state, ActingState) else self._acting
-        with torch.no_grad():
-            logits = scale_logits(acting.observe(self.backbone, batch), self.sampling.temperature)
-            kept = kept_tokens(logits, self.sampling, self._legal_at(batch))
-            logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
-            if deterministic:
-                tokens = logits.argmax(-1)
-            else:
-                uniforms = torch.rand(len(logits), generator=generator or self.generator, device=self.device, dtype=torch.float64)
-                tokens = draw(logits, uniforms)[0]
-        actions = tokens.cpu().numpy()
-        return (actions[0] if single else actions), acting
-
-
-def _half_dtype(autocast: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns the dtype that `autocast` names."""
-    dtype = getattr(torch, autocast, autocast) if isinstance(autocast, str) else autocast
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"`autocast` must be 'bfloat16', 'float16' or None, got {autocast!r}. None computes in the dtype of the weights.")
-    return dtype
 
 
 def _check_counts(**counts: int) -> None:

@@ -190,7 +190,7 @@ class RewardEnsemble:
             raise ValueError(f"`folder`: {str(path)!r} holds no ensemble: there is no {SETTINGS_FILE} in it.")
         settings = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
         members = [
-            RewardModel.from_pretrained(path / MEMBER.format(number), device=device, **arguments)
+            RewardModel.from_pretrained(path / MEMBER.format(number), device=device, **{"dtype": "checkpoint", **arguments})
             for number, arguments in enumerate(settings["members"])
         ]
         return cls(members, uncertainty_penalty=settings["uncertainty_penalty"], aggregate=settings["aggregate"])

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.utils import get_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.classifiers import check_score_head, fresh_classifier, scale_scores, shift_scores, with_own_pad_token
+from textgym.agents.common.devices import as_device
 from textgym.agents.common.layout import lay_out
-from textgym.agents.common.loading import load_model
+from textgym.agents.common.loading import load_for_training, load_model
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.pieces import Piece
 from textgym.agents.common.progress import counting_bar
+from textgym.agents.common.precision import AUTO, CHECKPOINT, checked_dtype, name_of, tell_once
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.alignment import aligned
@@ -96,7 +97,7 @@ class RewardModel:
     ) -> None:
         check_score_head(model)
         check_count("batch_size", batch_size, "texts")
-        self.model: Any = aligned(model.to(get_device(device))).eval()
+        self.model: Any = aligned(model.to(as_device(device))).eval()
         self.tokenizer = with_own_pad_token(model, tokenizer)
         self.per_token = bool(getattr(model.config, PER_TOKEN, False)) if per_token is None else per_token
         self.num_outputs = int(model.config.num_labels)
@@ -131,23 +132,31 @@ class RewardModel:
             output_names: names of the outputs of a fresh head.
             seed: of a fresh head.
             device: see the class.
-            dtype: of the weights; "auto" keeps that of the checkpoint.
+            dtype: of the weights. "auto" is that of the checkpoint, but float32 for one in half precision, whose weights would not move by
+                the small steps of training; "checkpoint" is that of the checkpoint: half the memory, for a reward that is not trained.
             **settings: further arguments of the class (`label`, ...).
 
         Raises:
             ValueError: there is no such model, or it has another number of outputs.
         """
-        name = os.fspath(path)
+        name, place, dtype = os.fspath(path), as_device(device), checked_dtype(dtype)
         try:
             kinds = AutoConfig.from_pretrained(name).architectures or []
         except (OSError, ValueError) as error:
             raise ValueError(f"`path`: no model could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            language_model, tokenizer = load_model(path, dtype, False, None)
+            language_model, tokenizer, widened = load_model(path, dtype, False, None)
             made = fresh_classifier(language_model, num_outputs, output_names, seed)
-            return cls(made, tokenizer, per_token=per_token, device=device, **settings)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-        found = cls(model, load_tokenizer(name), per_token=per_token, device=device, **settings)
+            if widened is not None:
+                tell_once(name, widened, None)
+            return cls(made, tokenizer, per_token=per_token, device=place, **settings)
+        if dtype == AUTO:
+            model, widened = load_for_training(AutoModelForSequenceClassification, name)
+            if widened is not None:
+                tell_once(name, widened, None)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=AUTO if dtype == CHECKPOINT else dtype)
+        found = cls(model, load_tokenizer(name), per_token=per_token, device=place, **settings)
         if num_outputs not in (None, found.num_outputs) or (output_names is not None and list(output_names) != found.output_names):
             raise ValueError(f"`num_outputs` must be that of the classifier in {name!r}, which has {found.output_names}; leave it out.")
         return found
@@ -185,13 +194,12 @@ class RewardModel:
 
     def loading_arguments(self) -> dict[str, Any]:
         """What `from_pretrained` must be told to get the same again from what `save_pretrained` wrote."""
-        return {"label": self.label, "batch_size": self.batch_size}
+        return {"label": self.label, "batch_size": self.batch_size, "dtype": name_of(self.model.dtype)}
 
     def copy(self) -> "RewardModel":
         """Returns a model of the same weights that shares nothing with this one."""
-        return RewardModel(
-            copy.deepcopy(self.model), self.tokenizer, per_token=self.per_token, device=self.device, **self.loading_arguments()
-        )
+        settings: Any = {"per_token": self.per_token, "label": self.label, "batch_size": self.batch_size, "device": self.device}
+        return RewardModel(copy.deepcopy(self.model), self.tokenizer, **settings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns itself: Gymnasium copies the arguments of an environment several times. `copy` makes a copy."""
@@ -243,7 +251,7 @@ class RewardModel:
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the model."""
-        self.model.to(get_device(device))
+        self.model.to(as_device(device))
         return self
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -347,6 +347,7 @@ class RLHF:
             tokenizer=policy.tokenizer,
             reward=self.reward,
             max_new_tokens=self.max_new_tokens,
+            eos_token_ids=policy.eos_token_ids,
         )
         saved = self.folder / "agent"
         if saved.exists():

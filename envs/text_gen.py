@@ -79,7 +79,8 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     - `reward_weights`: one number per reward function. Default: 1 each.
     - `max_prompt_tokens`: P, in tokens. Default: the longest prompt's.
     - `max_new_tokens`: T, in tokens. Default: 32.
-    - `eos_token_ids`: the id or ids of the end tokens. Default: the tokenizer's.
+    - `eos_token_ids`: the id or ids of the end tokens. Default: the tokenizer's, its chat template's, and those of the file
+      `generation_config.json` beside it (`textgym.end_tokens`).
     - `truncate_prompts`: keep the last `max_prompt_tokens` tokens of a longer prompt, of the set or of `options`. By default such a prompt
       is an error.
     - `render_mode`: `"ansi"` (`render()` returns the episode as text) or `"human"` (it is printed as it grows).

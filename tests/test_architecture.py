@@ -19,6 +19,7 @@ LAYERS = [
     ("textgym.pending", 0),
     ("textgym.alignment", 0),
     ("textgym.tokenizers", 1),
+    ("textgym.end_tokens", 1),
     ("textgym.prompts", 1),
     ("textgym.rewards", 1),
     ("textgym.bundled", 1),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
+from textgym.end_tokens import default_end_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -89,16 +91,21 @@ def _load(path: str) -> "PreTrainedTokenizerBase":
 
 
 def end_token_ids(
-    tokenizer: "PreTrainedTokenizerBase", eos_token_ids: int | Sequence[int] | None = None, *, argument: str = "eos_token_ids"
+    tokenizer: "PreTrainedTokenizerBase",
+    eos_token_ids: int | Sequence[int] | None = None,
+    *,
+    argument: str = "eos_token_ids",
+    model: Any = None,
 ) -> tuple[int, ...]:
-    """Returns the ids that end a completion: those given, else the tokenizer's own. None at all is an error.
+    """Returns the ids that end a completion: those given, else those of `textgym.end_tokens`. None at all is an error.
 
     Args:
         tokenizer: a transformers tokenizer.
-        eos_token_ids: one id or several, or None for the tokenizer's.
+        eos_token_ids: one id or several, or None for the tokenizer's, its chat template's and those of `generation_config`.
         argument: what the error message calls `eos_token_ids`.
+        model: the model whose `generation_config` counts too, where there is one.
     """
-    given = tokenizer.eos_token_id if eos_token_ids is None else eos_token_ids
+    given: Any = default_end_ids(tokenizer, model) if eos_token_ids is None else eos_token_ids
     given = given.tolist() if hasattr(given, "tolist") else given
     ids = list(given) if isinstance(given, Sequence) else [given]
     if given is None or not ids:

@@ -60,6 +60,7 @@ def save_agent(agent: "Agent", path: Path) -> None:
         "class": type(agent).__name__,
         "arguments": _arguments(agent),
         "reference": kind,
+        "reference_model": agent.reference.loading_arguments() if kind == "saved" else {},
         "state": _state(agent),
         "optimizer": optimizer_state,
     }
@@ -154,13 +155,14 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
     missing = [name for name in document["arguments"]["functions"] if name not in changes]
     if missing:
         raise ValueError(f"{path} was saved with functions for {missing}, which a checkpoint cannot hold; pass them to `load` again.")
-    settings = document["state"]["model"]
+    settings = {"dtype": "checkpoint", **document["state"]["model"]}  # earlier checkpoints name no dtype
     policy = cls.trains.from_pretrained(path / "model", device=device, **settings)
     if "reference" not in changes:
         if document["reference"] == "given":
             raise ValueError(f"{path} was saved with a `reference` of your own class; pass it to `load` again.")
         if document["reference"] == "saved":
-            changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **settings).reference()
+            own = {**settings, **document.get("reference_model", {})}
+            changes["reference"] = CausalLMPolicy.from_pretrained(path / "reference", device=device, **own).reference()
         if document["reference"] in ("adapter_off", "adapter_frozen"):
             changes["reference"] = _shared_reference(policy, path, document["reference"] == "adapter_frozen")
     if (path / "critic").is_dir():

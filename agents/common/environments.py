@@ -76,3 +76,24 @@ def split_prompts(observations: Observation) -> tuple[IntArray, IntArray]:
         )
     ids = np.asarray(observations["input_ids"])[:, : ends[0]].astype(np.int64)
     return ids, mask[:, : ends[0]].sum(1).astype(np.int64)
+
+
+def common_ends(envs: VectorEnv, of_policy: tuple[int, ...], argument: str = "env") -> tuple[int, ...]:
+    """Returns the tokens that end an episode, which must be those that end a completion of the policy.
+
+    Args:
+        envs: the environment; one that does not say what ends it is taken to have the policy's.
+        of_policy: the policy's `eos_token_ids`.
+        argument: what the error message calls `envs`.
+
+    Raises:
+        ValueError: they are others: a completion would end for the one and go on for the other.
+    """
+    found = attribute(envs, "eos_token_ids")
+    ends = of_policy if found is None else tuple(int(token) for token in found)
+    if set(ends) != set(of_policy):
+        raise ValueError(
+            f"`{argument}` ends its episodes with the tokens {ends}, `policy` its completions with {of_policy}: they must be the same. "
+            f"Make the environment with `eos_token_ids=policy.eos_token_ids`, or the policy with `eos_token_ids={list(ends)}`."
+        )
+    return ends

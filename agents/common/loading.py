@@ -1,30 +1,59 @@
 """Loading a causal LM and its tokenizer from a folder or the hub, adapters included."""
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from textgym.agents.common.adapters import load_outside
+from textgym.agents.common.precision import AUTO, CHECKPOINT, HALF, checked_dtype, stored_dtype
 from textgym.tokenizers import load_tokenizer
 
+ADAPTER_FILE = "adapter_config.json"
 
-def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str, trust_remote_code: bool, lora: Any) -> tuple[Any, Any]:
-    """Returns (model, tokenizer); see `CausalLMPolicy.from_pretrained` for the arguments."""
+
+class LoadedModel(NamedTuple):
+    """What was loaded.
+
+    Attributes:
+        model: the transformers or peft model.
+        tokenizer: its tokenizer.
+        widened: the half-precision dtype that the weights were stored in, where they were loaded as float32; else None.
+    """
+
+    model: Any
+    tokenizer: Any
+    widened: torch.dtype | None
+
+
+def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str, trust_remote_code: bool, lora: Any) -> LoadedModel:
+    """Loads model and tokenizer; see `CausalLMPolicy.from_pretrained` for the arguments.
+
+    Raises:
+        ValueError: there is none, or the model that an adapter belongs to cannot be found.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(path)
+    dtype = checked_dtype(dtype)
     _check_source(name)
+    is_adapter = (Path(name) / ADAPTER_FILE).is_file()
     loader: Any = AutoModelForCausalLM
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": Path(name).is_dir()}
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter:
         from peft import AutoPeftModelForCausalLM  # an extra: needed only for adapters
 
+        _check_base(name)
         loader, options = AutoPeftModelForCausalLM, {"trust_remote_code": trust_remote_code, "is_trainable": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True) if trust_remote_code else load_tokenizer(name)
-        model = loader.from_pretrained(name, dtype=dtype, **options)
+        # What lies frozen under an adapter takes no steps that could round away; the adapter itself is float32 (peft's own rule).
+        if dtype == AUTO and not is_adapter and lora is None:
+            model, widened = load_for_training(loader, name, **options)
+        else:
+            model, widened = loader.from_pretrained(name, dtype=AUTO if dtype == CHECKPOINT else dtype, **options), None
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`path`: no causal language model with its tokenizer could be loaded from {name!r}; give a folder that holds both, or an id "
@@ -35,11 +64,52 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str, trust_rem
         from peft import get_peft_model
 
         model = get_peft_model(model, lora)
-    return model, tokenizer
+    return LoadedModel(model, tokenizer, widened)
+
+
+def load_for_training(loader: Any, name: str, **options: Any) -> tuple[Any, torch.dtype | None]:
+    """Loads a model in the dtype it was stored in, but half precision as float32; returns it, and that dtype if it was widened.
+
+    It is loaded as float32 and not converted, because some models compute constants while they are made, in their dtype. Quantised weights,
+    which nobody trains, stay as they are.
+
+    Args:
+        loader: an auto class of transformers.
+        name: a folder, or an id of the hub.
+        **options: for `from_pretrained`.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, **options)
+    stored = stored_dtype(config)
+    if getattr(config, "quantization_config", None) is not None:
+        return loader.from_pretrained(name, dtype=AUTO, **options), None
+    if stored is None:
+        model = loader.from_pretrained(name, dtype=AUTO, **options)
+        stored = model.dtype
+        if stored not in HALF:
+            return model, None
+    if stored not in HALF:
+        return loader.from_pretrained(name, dtype=AUTO, **options), None
+    return loader.from_pretrained(name, dtype=torch.float32, **options), stored
 
 
 def _check_source(name: str) -> None:
     """A path that does not exist should say so, instead of asking a hub for a repository of that name."""
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name
-    if looks_like_path and not Path(name).is_dir():
+    if _looks_like_path(name) and not Path(name).is_dir():
         raise ValueError(f"`path`: there is no folder {name!r}; give one that `save_pretrained` wrote, or an id of the Hugging Face hub.")
+
+
+def _check_base(name: str) -> None:
+    """The model that an adapter belongs to must be there."""
+    base = json.loads((Path(name) / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or (_looks_like_path(base) and not Path(base).is_dir()):
+        where = f"the folder {base!r}, which does not exist" if base else "a model that it does not name"
+        raise ValueError(
+            f"`path`: {name!r} holds an adapter of {where}. Put that model there, or its place into `base_model_name_or_path` of "
+            f"{ADAPTER_FILE}."
+        )
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name

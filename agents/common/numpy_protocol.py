@@ -11,7 +11,7 @@ from torch import Tensor
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.layout import Rows, lay_out
-from textgym.agents.common.sampling import Sampling, kept_tokens, scale_logits, token_log_probs
+from textgym.agents.common.sampling import Sampling, draw, kept_tokens, scale_logits, token_log_probs
 from textgym.agents.common.scoring import (
     divergence,
     full_kl,
@@ -28,12 +28,13 @@ Observation = Mapping[str, Array]
 
 
 class NumpyProtocol:
-    """What `KLShaping` asks of a policy: arrays in, arrays out, no gradients. Mixed into `CausalLMPolicy`.
+    """What `KLShaping` and Stable-Baselines3 ask of a policy: arrays in, arrays out, no gradients. Mixed into `CausalLMPolicy`.
 
     Attributes:
         backbone: the model.
         sampling: the distribution that is scored.
         mask: the tokens that are legal before any truncation, state by state; None allows all.
+        generator: of the policy's own, where no other is given.
         remembers_rows: see `textgym.types.TokenPolicy`.
     """
 
@@ -41,6 +42,7 @@ class NumpyProtocol:
     sampling: Sampling
     mask: TokenMask | None
     _acting: ActingState
+    generator: Any  # a property of the policy
     remembers_rows = True  # `_acting` compares row i of a batch with row i of the one before
 
     @torch.no_grad()
@@ -103,6 +105,44 @@ class NumpyProtocol:
         pair = _sequence_pair(self.backbone, other, layout)
         divergences = full_kl(self.backbone, pair[0], other, pair[1], self.sampling, self._legal_along(layout))
         return _numpy(spread(divergences, layout.mask))
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Array, Any]:
+        """Chooses the next token, as Stable-Baselines3's policies do.
+
+        Args:
+            observation: one observation or a batch.
+            state: an `ActingState` of the caller's own, if several loops share this policy; None uses the policy's. A key-value cache is
+                reused for rows that have grown by one token since the last call with the same state.
+            episode_start: not needed: a row that starts again is recognised by its tokens.
+            deterministic: the most probable token instead of a draw.
+            generator: the source of the draw, on the policy's device; None: the policy's own.
+
+        Returns:
+            the action(s), int64, and the state used.
+        """
+        del episode_start
+        single = np.ndim(observation["input_ids"]) == 1
+        batch = {key: np.atleast_2d(np.asarray(observation[key])) for key in ("input_ids", "attention_mask")}
+        acting = state if isinstance(state, ActingState) else self._acting
+        with torch.no_grad():
+            logits = scale_logits(acting.observe(self.backbone, batch), self.sampling.temperature)
+            kept = kept_tokens(logits, self.sampling, self._legal_at(batch))
+            logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
+            if deterministic:
+                tokens = logits.argmax(-1)
+            else:
+                uniforms = torch.rand(len(logits), generator=generator or self.generator, device=self.backbone.device, dtype=torch.float64)
+                tokens = draw(logits, uniforms)[0]
+        actions = tokens.cpu().numpy()
+        return (actions[0] if single else actions), acting
 
     def _observe_both(self, reference: Any, observations: Observation) -> tuple[Tensor, Tensor]:
         """Logits of both models at the observations, each through its own cache."""

@@ -17,7 +17,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from textgym.agents.common.batches import RolloutBatch, StepObservations
-from textgym.agents.common.environments import attribute, reset_to_prompts, split_prompts
+from textgym.agents.common.environments import common_ends, reset_to_prompts, split_prompts
 from textgym.agents.common.generation import Generation
 from textgym.agents.common.rollout_scores import score_rollout
 from textgym.agents.policy import CausalLMPolicy
@@ -71,8 +71,7 @@ class RolloutCollector:
         behaviour: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.policy, self.envs, self.num_generations, self.behaviour = policy, envs, num_generations, behaviour
-        eos = attribute(envs, "eos_token_ids")
-        self.eos_token_ids: tuple[int, ...] = tuple(eos) if eos is not None else policy.eos_token_ids
+        self.eos_token_ids = common_ends(envs, policy.eos_token_ids)
         self.closed_loop = False
 
     def walk(

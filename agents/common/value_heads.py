@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from textgym.agents.common.backbone import Backbone, mixed_precision
 from textgym.agents.common.layout import Rows, lay_out
+from textgym.agents.common.loading import load_for_training
 from textgym.agents.common.scoring import spread
 from textgym.agents.common.trunks import Trunk, find_trunk, run_trunk
 from textgym.agents.reward_model import RewardModel
@@ -98,7 +99,7 @@ class ValueModel(nn.Module):
         """
         classifier: Any = model.model if isinstance(model, RewardModel) else model
         if isinstance(model, str | Path):
-            classifier = AutoModelForSequenceClassification.from_pretrained(str(model))
+            classifier, _ = load_for_training(AutoModelForSequenceClassification, str(model))
         score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             found = "no linear `score` layer" if not isinstance(score, nn.Linear) else f"{score.out_features} labels"

@@ -149,9 +149,10 @@ def test_micro_batches_change_no_gradient(task, change: dict[str, int]) -> None:
 
 
 def test_the_environments_end_tokens_are_legal(task) -> None:
-    """Also those that are no end tokens to the policy."""
+    """Also after the environment was exchanged for one with other end tokens, and the policy's were."""
     agent = make(task, top_p=0.1)
     assert agent.mask.rule.always == (task.tree.eos_token_id,)
+    agent.policy.eos_token_ids = (0, 4)
     arguments = task.arguments() | {"reward": lambda completions, **columns: [0.0] * len(completions), "eos_token_ids": [0, 4]}
     agent.set_env(gym.make_vec("TextGen-v0", num_envs=32, **arguments))
     assert agent.mask.rule.always == (0, 4)

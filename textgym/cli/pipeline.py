@@ -294,6 +294,7 @@ def _evaluation(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: Pipeline
         tokenizer=rlhf.start.tokenizer,
         reward=RewardSet.build([rlhf.reward, *([] if gold is None else [gold])], [1.0, 0.0][: len(names)], names),
         max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=rlhf.start.eos_token_ids,
     )
     interval = replace(settings.training, total_timesteps=settings.total_timesteps).evaluation_interval
     return MeasuredEvaluation(envs, None if gold is None else TRUE, interval, None, None)

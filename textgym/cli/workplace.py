@@ -148,14 +148,12 @@ def quiet_transformers() -> None:
 
 def check_device(device: str) -> str:
     """Returns `device` if it can be used here."""
-    import torch
+    from textgym.agents.common.devices import as_device
 
-    if device == "auto":
-        return device
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {one_line(str(error)).partition('. ')[0]}.") from error
+        as_device(device)
+    except ValueError as error:
+        raise UserError(f"--device {device} cannot be used here: {one_line(error).partition(': ')[2]}") from error
     return device
 
 
