@@ -105,7 +105,9 @@ def test_what_is_saved_is_read_by_transformers_and_back(policy, tmp_path, device
     halved = CausalLMPolicy.from_pretrained(tmp_path, device=device, dtype=torch.bfloat16)
     assert next(halved.parameters()).dtype == torch.bfloat16
     halved.save_pretrained(tmp_path / "half")
-    assert next(CausalLMPolicy.from_pretrained(tmp_path / "half", device=device).parameters()).dtype == torch.bfloat16
+    stored = CausalLMPolicy.from_pretrained(tmp_path / "half", device=device, dtype="checkpoint")
+    assert next(stored.parameters()).dtype == torch.bfloat16
+    assert next(CausalLMPolicy.from_pretrained(tmp_path / "half", device=device).parameters()).dtype == torch.float32
 
 
 def test_paths_without_a_model_say_so(tmp_path):
