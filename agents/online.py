@@ -99,11 +99,6 @@ class OnlineAgent(Agent):
     ) -> None:
         settings = with_defaults(options, type(self))
         check_number("gamma", gamma, 0, 1)
-        if isinstance(reference, CausalLMPolicy) and reference.model is policy.model and not reference.frozen:
-            raise ValueError(
-                "`reference` must not share its model with `policy`, got one that does: it would move with the policy, and the KL to it "
-                "stay 0. Leave it away, or pass `policy.reference()`, a frozen copy."
-            )
         self.beta, self.gamma = beta, gamma
         self.kl_shaping: list[AnyKLShaping] = []
         self.kl_coefficients = [KLCoefficient(beta)]

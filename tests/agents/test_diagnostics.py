@@ -275,7 +275,7 @@ def test_an_adapter_that_is_not_trained_is_found(task: Any) -> None:
 
 def test_a_reference_that_moves_with_the_policy_is_refused(task: Any) -> None:
     policy = task.policy()
-    with pytest.raises(ValueError, match="`reference` must not share its model with `policy`"):
+    with pytest.raises(ValueError, match="`reference` must stay as it is"):
         PPO(policy, task.envs(8), reference=policy)
 
 
