@@ -27,8 +27,8 @@ from textgym.agents.common import checkpoint
 from textgym.agents.common.adapters import check_reference
 from textgym.agents.common.checks import check_number
 from textgym.agents.common.critic import Critic, CriticSpec
-from textgym.agents.common.diagnostics import STEPS, broken_gradient, still_outputs, zero_gradient
 from textgym.agents.common.devices import as_device
+from textgym.agents.common.diagnostics import STEPS, broken_gradient, still_outputs, zero_gradient
 from textgym.agents.common.environments import common_ends
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.precision import warn_of_rounding

@@ -24,8 +24,8 @@ from textgym.agents.common.loading import load_for_training, load_model
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.pieces import Piece
-from textgym.agents.common.progress import counting_bar
 from textgym.agents.common.precision import AUTO, CHECKPOINT, checked_dtype, name_of, tell_once
+from textgym.agents.common.progress import counting_bar
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.alignment import aligned
