@@ -74,21 +74,21 @@ def _validator(schema: Mapping[str, Any] | str | PathLike[str]) -> Any:
     require_package("jsonschema", "jsonschema", "json", extra=None)
     import jsonschema
 
+    document: Any = schema
     if not isinstance(schema, Mapping):
         try:
-            schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+            document = json.loads(Path(schema).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"`schema` must be a JSON schema or a file with one, and {schema} cannot be read: {error}.") from error
-    cls = jsonschema.validators.validator_for(schema)
+    cls = jsonschema.validators.validator_for(document)
     try:
-        cls.check_schema(schema)
+        cls.check_schema(document)
     except jsonschema.SchemaError as error:
         raise ValueError(f"`schema` must be a JSON schema: {error.message}.") from error
-    registry = _checked_registry(schema, cls.META_SCHEMA)
-    return cls(schema, registry=registry)
+    return cls(document, registry=_checked_registry(document, cls.META_SCHEMA))
 
 
-def _checked_registry(schema: Mapping[str, Any], meta_schema: Mapping[str, Any]) -> Any:
+def _checked_registry(schema: Any, meta_schema: Mapping[str, Any]) -> Any:
     """Returns a registry that downloads nothing, after following every reference of `schema`."""
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable
