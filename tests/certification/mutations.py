@@ -284,5 +284,5 @@ MUTATIONS = [
     *MASK_MUTATIONS,
     *ADVANTAGE_MUTATIONS,
     *AGENT_MUTATIONS,
-    *(mutation for name in ("groups", "nlpo", "dqn", "offline", "reward_models") for mutation in family(name)),
+    *(mutation for name in ("groups", "nlpo", "dqn", "offline", "reward_models", "rlhf") for mutation in family(name)),
 ]

@@ -32,6 +32,18 @@ def test_verdicts(proxy, gold, verdict):
     assert report.gold.after.mean == pytest.approx(np.mean(after.gold))
 
 
+def test_a_change_of_exactly_nothing_is_neither_rise_nor_fall():
+    """Its interval has no width, and it contains 0."""
+    rewards = np.arange(N) / N
+    before = ScoredTexts(PROMPTS, ["a"] * N, rewards, rewards)
+
+    def verdict(proxy, gold):
+        return over_optimisation_report(before, ScoredTexts(PROMPTS, ["b"] * N, rewards + proxy, rewards + gold)).verdict
+
+    assert [verdict(1.0, gold) for gold in (-1.0, 0.0, 1.0)] == ["hacked", "suspicious", "improved"]
+    assert [verdict(proxy, gold) for proxy in (0.0, -1.0) for gold in (-1.0, 0.0, 1.0)] == ["not optimised"] * 6
+
+
 def test_changes_are_paired_by_prompt():
     """Between prompts the level varies by 10; the change of 0.5 shows all the same."""
     rng = np.random.default_rng(2)

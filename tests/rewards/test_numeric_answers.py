@@ -99,6 +99,39 @@ def test_where_the_answer_is(reward, completion, right, wrong):
     assert reward(completions=[completion] * 2, answer=[right, wrong]) == [expected, 0.0]
 
 
+def test_the_last_marked_answer_counts():
+    texts = ["first #### 3, then #### 4", "#### 3\nNo:\n#### 4", r"\boxed{3}, no: \boxed{4}", "the answer is 3. No, the answer is 4."]
+    assert NumericReward()(completions=texts, answer=[4] * 4) == [1.0] * 4
+    assert NumericReward()(completions=texts, answer=[3] * 4) == [0.0] * 4
+
+
+def test_a_heading_is_no_answer():
+    texts = [STEPS + r"\boxed{460}", STEPS, NUMBERED, "#### 2. Check\nso 7"]
+    assert NumericReward()(completions=texts, answer=[2] * 4) == [0.0] * 4
+
+
+def test_no_answer_is_its_first_number():
+    answers = [("10:31", "10:30"), ("3:2", 3), ("2024-01-05", 2024), ("1.2.3", 1.2), ("3 to 5", 3), ("2x", 2), (r"\boxed{5 and a half}", 5)]
+    assert NumericReward()(completions=[text for text, _ in answers], answer=[gold for _, gold in answers]) == [0.0] * len(answers)
+
+
+def test_what_looks_like_a_sum_is_none():
+    """An algebra system would read 2024-01-05 as 2018, and 3-5 as -2."""
+    answers = [("2024-01-05", 2018), ("3-5", -2), ("3:2", 1.5), ("1/2/4", 0.125), ("5 5", 25), ("2516_8", 2516), ("x: 5", "5x")]
+    assert NumericReward()(completions=[rf"\boxed{{{text}}}" for text, _ in answers], answer=[gold for _, gold in answers]) == [0.0] * 7
+
+
+def test_an_answer_in_latex_needs_no_dollars():
+    golds, wrong = [r"1-\sqrt{2}", r"\left( 3, \frac{\pi}{2} \right)", r"2\pi"], ["1", "3", "2"]
+    same = [r"\boxed{-\sqrt{2}+1}", r"$(3, \pi/2)$", r"The answer is $\pi + \pi$."]
+    assert NumericReward()(completions=[*same, *wrong], answer=golds * 2) == [1.0] * 3 + [0.0] * 3
+
+
+def test_the_tolerance_of_plain_numbers_boxes_and_mathematics():
+    texts = ["#### 3.141", "The answer is 3.141", r"\boxed{3.141}", r"\boxed{\pi}", r"$\frac{314}{100}$"]
+    assert TOLERANT(completions=texts, answer=[3.14] * 5) == [1.0] * 5
+
+
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [

@@ -74,10 +74,8 @@ def _validator(schema: Mapping[str, Any] | str | PathLike[str]) -> Any:
     require_package("jsonschema", "jsonschema", "json", extra=None)
     import jsonschema
 
-    document: Mapping[str, Any]
-    if isinstance(schema, Mapping):
-        document = schema
-    else:
+    document: Any = schema
+    if not isinstance(schema, Mapping):
         try:
             document = json.loads(Path(schema).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -87,11 +85,10 @@ def _validator(schema: Mapping[str, Any] | str | PathLike[str]) -> Any:
         cls.check_schema(document)
     except jsonschema.SchemaError as error:
         raise ValueError(f"`schema` must be a JSON schema: {error.message}.") from error
-    registry = _checked_registry(document, cls.META_SCHEMA)
-    return cls(document, registry=registry)
+    return cls(document, registry=_checked_registry(document, cls.META_SCHEMA))
 
 
-def _checked_registry(schema: Mapping[str, Any], meta_schema: Mapping[str, Any]) -> Any:
+def _checked_registry(schema: Any, meta_schema: Mapping[str, Any]) -> Any:
     """Returns a registry that downloads nothing, after following every reference of `schema`."""
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable

@@ -147,8 +147,8 @@ class LexiconReward(NamedReward):
         "compound":  R = s / sqrt(s² + 15),  s = Σ v        in (-1, 1): VADER's normalisation, without its rules for negation and emphasis
         "mean":      R = Σ v / number of words in the list  in the range of the valences; 0 if there is none
 
-    A word is a run of letters and apostrophes, straight or curly, in lower case; a run between white space that is in the list as it
-    stands (an emoticon) counts as that.
+    A word is a run of letters and apostrophes, straight or curly, in lower case; a run between white space that is in the list as it stands
+    (an emoticon) counts as that.
 
     Args:
         valences: word to valence, positive for good; keys in lower case.
