@@ -198,10 +198,14 @@ def mean_objective(curve: list[dict[str, float]]) -> float:
     return float(np.average([point["objective"] for point in curve], weights=tokens))
 
 
+MARKERS = "os^Dv"  # one of each weight: labels of points that lie close would cover each other
+
+
 def plot(results: list[dict[str, Any]], weights: list[float], tokens: int, path: Path) -> None:
     """Learning curves at the middle weight, the front of the two objectives, and reward over KL."""
     figure, (curves, front, cost) = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     middle = weights[len(weights) // 2]
+    first_arm = next(iter(ARMS))  # one legend of the markers is enough
     grid = np.linspace(2000, tokens, 40)
     for colour, arm in zip(("tab:blue", "tab:cyan", "tab:orange"), ARMS, strict=True):
         runs = [result["curve"] for result in own(results, arm, middle)]
@@ -214,20 +218,18 @@ def plot(results: list[dict[str, Any]], weights: list[float], tokens: int, path:
             for key in ("praise", "variety", "kl")
         }
         for axis, x, y in ((front, "praise", "variety"), (cost, "kl", "praise")):
-            axis.errorbar(
-                stats[x][:, 0], stats[y][:, 0], stats[y][:, 1], stats[x][:, 1], color=colour, marker="o", capsize=2, linewidth=1.2
-            )
-        for i, weight in enumerate(weights):
-            front.annotate(
-                f"{weight:g}", (stats["praise"][i, 0], stats["variety"][i, 0]), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
+            axis.errorbar(stats[x][:, 0], stats[y][:, 0], stats[y][:, 1], stats[x][:, 1], color=colour, capsize=2, linewidth=1.2)
+            for i, weight in enumerate(weights):
+                shape = MARKERS[i % len(MARKERS)]
+                axis.plot(stats[x][i, 0], stats[y][i, 0], shape, color=colour, label=f"{weight:g}" if arm == first_arm else None)
     curves.set(title=f"J = reward − β KL while training, w = {middle:g}", xlabel="tokens generated")
     front.set(title="the front over w (held-out prompts)", xlabel="praise per review", ylabel="variety per review")
     cost.set(title="what it costs", xlabel="KL to the reference, nats per review", ylabel="praise per review")
     for axis in (curves, front, cost):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    curves.legend(title="scores are paid", frameon=False)
+    curves.legend(title="scores are paid", frameon=False, loc="upper left")
+    front.legend(title="w", frameon=False, loc="lower left")
     figure.savefig(path, dpi=110)
 
 

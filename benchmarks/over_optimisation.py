@@ -310,6 +310,8 @@ def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: Path) ->
     for place, beta in enumerate(BETAS):
         own = [run for run in runs if run["pairs"] == AMOUNT_OF_BETAS and run["beta"] == beta]
         draw(betas, own, f"C{3 + place}", f"β = {beta:g}")
+    for style, name in (("-", "gold reward"), ("--", "proxy reward")):
+        whole.plot([], [], style, color="grey", linewidth=2, label=name)
     titles = (
         "RLOO without a KL term",
         f"its beginning, and best of n = 1 … {NS[-1]} (KL bound)",
@@ -326,7 +328,7 @@ def plot(runs: list[dict[str, Any]], bests: list[dict[str, Any]], path: Path) ->
     for axis in (beginning, betas):
         axis.set_xlim(0, 5)
         axis.set_ylim(-0.6, 1.0)
-    whole.set_ylabel("gain over the SFT model, in gold reward\nsolid: gold, dashed: proxy; thin: seeds, thick: their mean")
+    whole.set_ylabel("gain over the SFT model, in gold reward\n(thin: seeds, thick: their mean)")
     figure.savefig(path, dpi=110)
 
 

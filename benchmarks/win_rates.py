@@ -229,7 +229,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes.plot(values, [place] * len(values), "|", color="C1", markersize=12)
     axes.set_yticks(range(len(names)), names)
     axes.axvline(50, color="grey", linewidth=0.8)
-    axes.set_xlabel("win rate against the data's texts by the gold reward, % (mean and 95 % interval; seeds as strokes)")
+    axes.set_xlabel("win rate against the data's texts by the gold reward, %\n(mean and 95 % interval; seeds as strokes)")
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=150)
 

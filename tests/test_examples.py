@@ -10,22 +10,17 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # Short runs where the example itself takes a minute: `main` has the argument that its reader would change.
 SHORT = {name: "main(timesteps=3000)" for name in ("train_from_python.py", "own_model.py", "fine_grained_reward.py", "slow_judge.py")}
-# Examples that need a file which the user brings.
-NEEDS_A_FILE = {"vader_reward.py"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
-    if path.name in NEEDS_A_FILE:
-        words = tmp_path / "words.txt"
-        words.write_text("lovely\t2.8\nhappy\t2.7\nsad\t-2.1\n")
     source = path.read_text(encoding="utf-8")
     script = f"import sys; sys.argv = [{str(path)!r}]\n"
     if path.name in SHORT:
         source = source.replace('if __name__ == "__main__":\n    main()', SHORT[path.name])
         assert SHORT[path.name] in source
     script += source
-    environment = {**os.environ, "VADER_LEXICON": str(tmp_path / "words.txt"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-W", "error", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

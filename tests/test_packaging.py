@@ -1,6 +1,7 @@
 """A checkout works without an installation, and the version is said once."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -27,3 +28,12 @@ def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert textgym.__version__ == project["version"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_extras_for_users_hold_only_what_the_package_imports() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    source = "\n".join(path.read_text(encoding="utf-8") for top in ("textgym", "agents", "envs") for path in (ROOT / top).rglob("*.py"))
+    for extra in ("peft", "metrics"):
+        for requirement in extras[extra]:
+            module = re.split(r"[\[>=<]", requirement)[0].replace("-", "_")
+            assert re.search(rf"^\s*(from|import) {module}\b", source, re.MULTILINE), f"{requirement} of {extra}"

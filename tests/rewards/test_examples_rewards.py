@@ -11,7 +11,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(name, **environment):
     command = [sys.executable, "-P", "-W", "error", str(EXAMPLES / name)]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    inherited = {name: value for name, value in os.environ.items() if name != "VADER_LEXICON"}
+    return subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, timeout=60)
 
 
 def test_own_reward():
@@ -37,7 +38,14 @@ def test_vader_reward(tmp_path):
     assert scores == [round(5.5 / math.sqrt(5.5**2 + 15), 3), round(-2.1 / math.sqrt(2.1**2 + 15), 3), 0.0]
 
 
-def test_vader_reward_without_a_list():
+def test_vader_reward_has_words_of_its_own():
+    result = run("vader_reward.py")
+    assert result.returncode == 0, result.stderr
+    scores = [float(line.split()[0]) for line in result.stdout.splitlines()]
+    assert scores == [round(5 / math.sqrt(5**2 + 15), 3), round(-4 / math.sqrt(4**2 + 15), 3), 0.0]
+
+
+def test_vader_reward_without_the_list_that_was_named():
     result = run("vader_reward.py", VADER_LEXICON="nowhere.txt")
     assert result.returncode == 1
     assert result.stderr.strip() == "There is no word list 'nowhere.txt'; set VADER_LEXICON to the path of vader_lexicon.txt."
