@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Batching: TypeAlias = Literal["any", "same length", "alone"]
 """Which texts may share a forward pass, so that no score depends on the others: any, padded; those of one length; none."""
 
-Read: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[torch.Tensor]]"
+Read: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[torch.Tensor] | torch.Tensor]"
 """A forward pass: from N id lists to N tensors, what the model makes of each text."""
 
 _SHORT, _LONG = 5, 37  # 32 apart: more than the buckets of relative positions, which must not be taken for positions
