@@ -8,6 +8,7 @@ the hidden state of the last token (Ziegler et al. 2019, arXiv:1909.08593; Ouyan
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.classifiers import check_score_head, fresh_classifier, scale_scores, shift_scores, with_own_pad_token
+from textgym.agents.common.classifiers import check_score_head, fresh_classifier, scale_scores, shift_scores, try_states, with_own_pad_token
 from textgym.agents.common.devices import as_device
 from textgym.agents.common.layout import lay_out
 from textgym.agents.common.loading import load_for_training, load_model
@@ -30,9 +31,10 @@ from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.alignment import aligned
 from textgym.prompts import PromptText
-from textgym.rewards.classifier import PER_TOKEN, ClassifierReward, head_scores, hidden_states, longest_text, right_padded
+from textgym.rewards.classifier import PER_TOKEN, ClassifierReward, head_scores, hidden_states, refuse_adapter, right_padded
 from textgym.rewards.dense import token_level
 from textgym.rewards.episodes import as_completion
+from textgym.rewards.model_trials import Reading, batches
 from textgym.tokenizers import end_token_ids, load_tokenizer
 
 Scores = npt.NDArray[np.float64]
@@ -139,7 +141,8 @@ class RewardModel:
         Raises:
             ValueError: there is no such model, or it has another number of outputs.
         """
-        name, place, dtype = os.fspath(path), as_device(device), checked_dtype(dtype)
+        refuse_adapter("path", name := os.fspath(path))
+        place, dtype = as_device(device), checked_dtype(dtype)
         try:
             kinds = AutoConfig.from_pretrained(name).architectures or []
         except (OSError, ValueError) as error:
@@ -229,7 +232,12 @@ class RewardModel:
     @property
     def limit(self) -> int | None:
         """The longest text, prompt included, in tokens; None without a limit."""
-        return longest_text(self.model.config, self.tokenizer)
+        return self.reading.limit
+
+    @cached_property
+    def reading(self) -> Reading:
+        """How the model reads texts, tried when it is first asked for."""
+        return try_states(self.model, self.tokenizer, f"reward model `{self.__name__}`")
 
     @property
     def reward_output(self) -> int:
@@ -336,8 +344,8 @@ class RewardModel:
         if self.limit is not None and texts and len(texts[-1]) > self.limit:
             raise ValueError(f"the longest text has {len(texts[-1])} tokens, more than the {self.limit} that the reward model can read.")
         with counting_bar("scoring", len(texts), shown=progress_bar) as advance:
-            for start in range(0, len(texts), self.batch_size):
-                batch = texts[start : start + self.batch_size]
+            for places_of_batch in batches([len(text) for text in texts], self.batch_size, self.reading.batching):
+                batch = [texts[place] for place in places_of_batch]
                 wanted = [(row, number) for row, text in enumerate(batch) for number in places[text]]
                 table = torch.tensor([(row, pieces[number].start, pieces[number].end) for row, number in wanted], device=self.device)
                 ids, lengths = right_padded(batch, self.tokenizer.pad_token_id, self.device)

@@ -5,7 +5,7 @@ being stepped, scored or reset, so that nothing that stands on a row (a reward, 
 more than the row's own episode. While a holder is engaged, an episode's end does not begin the next one, in any autoreset mode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
@@ -198,7 +198,10 @@ class WithStatistics:
 
     def __init__(self, holder: RowHolder, wrappers: Sequence[Any]) -> None:
         self._holder = holder
-        self._notes = [(wrapper, self.NOTES[type(wrapper)]) for wrapper in wrappers if hasattr(wrapper, self.NOTES[type(wrapper)])]
+        noted: list[tuple[Any, str]] = [
+            (wrapper, note) for wrapper in wrappers for kind, note in self.NOTES.items() if isinstance(wrapper, kind)
+        ]
+        self._notes = [(wrapper, note) for wrapper, note in noted if hasattr(wrapper, note)]
         self._modes = [wrapper._autoreset_mode for wrapper, _ in self._notes]
         self.holds = holder.holds
 
@@ -225,14 +228,106 @@ class WithStatistics:
         self._holder.release()
 
 
+class HeldMoments:
+    """Stands before the running moments of a wrapper during a walk, and keeps held rows from them.
+
+    To all who ask it is the moments themselves: to `isinstance`, and to `pickle` and `copy`, which take those.
+
+    Args:
+        moments: Gymnasium's or Stable-Baselines3's `RunningMeanStd`.
+    """
+
+    def __init__(self, moments: Any) -> None:
+        self.moments = moments
+        self.held: BoolArray | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.moments)
+
+    def update(self, batch: Any) -> None:
+        """Takes the rows of `batch` (N, ...) that are not held."""
+        batch = np.asarray(batch)
+        if self.held is not None and batch.shape[:1] == self.held.shape:
+            batch = batch[~self.held]
+        if len(batch):
+            self.moments.update(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.moments, name)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.moments,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class WithMoments:
+    """Adds to another holder that wrappers of the whole batch with running moments of all rows do not count held ones.
+
+    Args:
+        holder: what holds the rows.
+        wrappers: the wrappers; `ret_rms` and `obs_rms`, the latter perhaps by key, are their moments (Stable-Baselines3's `VecNormalize`,
+            Gymnasium's `NormalizeObservation`, and what is derived from them).
+    """
+
+    NAMES = ("ret_rms", "obs_rms")
+
+    def __init__(self, holder: RowHolder, wrappers: Sequence[Any]) -> None:
+        self._holder, self._wrappers = holder, wrappers
+        self._guards: list[HeldMoments] = []
+        self.holds = holder.holds
+
+    def fresh(self) -> bool:
+        """See `RowHolder`."""
+        return self._holder.fresh()
+
+    def engage(self) -> None:
+        """See `RowHolder`."""
+        self._holder.engage()
+        self._exchange(self._guarded)
+
+    def hold(self, rows: BoolArray) -> None:
+        """See `RowHolder`."""
+        self._holder.hold(rows)
+        for guard in self._guards:
+            guard.held = rows.copy()
+
+    def release(self) -> None:
+        """See `RowHolder`."""
+        self._exchange(lambda moments: moments.moments if type(moments) is HeldMoments else moments)
+        self._guards = []
+        self._holder.release()
+
+    def _guarded(self, moments: Any) -> HeldMoments:
+        self._guards.append(HeldMoments(moments))
+        return self._guards[-1]
+
+    def _exchange(self, change: Callable[[Any], Any]) -> None:
+        """Replaces all moments of the wrappers."""
+        for wrapper in self._wrappers:
+            for name in self.NAMES:
+                found = vars(wrapper).get(name)
+                if isinstance(found, dict):
+                    setattr(wrapper, name, {key: change(moments) for key, moments in found.items()})
+                elif found is not None:
+                    setattr(wrapper, name, change(found))
+
+
 def row_holder(layers: Sequence[Any]) -> RowHolder:
     """Returns what holds the rows of a stack.
 
     Args:
         layers: the batched layers, outermost first. An adapter that brings its own holder has a method `row_holder`.
     """
-    counting = [layer for layer in layers if type(layer) in WithStatistics.NOTES]
-    return WithStatistics(_base_holder(layers), counting) if counting else _base_holder(layers)
+    holder = _base_holder(layers)
+    if counting := [layer for layer in layers if isinstance(layer, tuple(WithStatistics.NOTES))]:
+        holder = WithStatistics(holder, counting)
+    if averaging := [layer for layer in layers if isinstance(layer, vector_wrappers.NormalizeObservation)]:
+        holder = WithMoments(holder, averaging)
+    return holder
 
 
 def _base_holder(layers: Sequence[Any]) -> RowHolder:

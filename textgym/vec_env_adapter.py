@@ -3,7 +3,7 @@
 Importing this module imports Stable-Baselines3, and with it torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,10 +12,10 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from textgym.row_holding import FillerHolder, ProxyHolder, RowHolder, row_holder
+from textgym.row_holding import FillerHolder, ProxyHolder, RowHolder, WithMoments, row_holder
 from textgym.stacks import row_environments, vector_layers
 from textgym.types import BoolArray, Info
 from textgym.vector_infos import batched_infos, row_infos
@@ -76,6 +76,10 @@ class GymnasiumVectorEnv(VectorEnv[Any, Any, Any]):
 
     def row_holder(self) -> RowHolder:
         """Returns what holds rows during a walk (see `textgym.row_holding`)."""
+        normalising = [layer for layer in _vec_env_layers(self.venv) if isinstance(layer, VecNormalize)]
+        return WithMoments(self._base_holder(), normalising) if normalising else self._base_holder()
+
+    def _base_holder(self) -> RowHolder:
         base = self.venv.unwrapped
         if isinstance(base, DummyVecEnv):
             return ProxyHolder(base.envs)
@@ -99,7 +103,7 @@ class GymnasiumVectorEnv(VectorEnv[Any, Any, Any]):
         if options:
             self.venv.set_options(options)
         observations = self.venv.reset()
-        return observations, batched_infos(self.venv.reset_infos)
+        return observations, batched_infos(_reset_infos(self.venv))
 
     def step(self, actions: npt.NDArray[Any]) -> tuple[Any, npt.NDArray[Any], BoolArray, BoolArray, Info]:
         """Steps all rows; rows that end are reset at once."""
@@ -131,8 +135,11 @@ class GymnasiumVectorEnv(VectorEnv[Any, Any, Any]):
         values = values if isinstance(values, list | tuple) else [values] * self.num_envs
         if len(values) != self.num_envs:
             raise ValueError(f"`values` must be one value or one per row: {self.num_envs} rows, got {len(values)} values.")
+        # `VecEnv.set_attr` of the outermost wrapper would set it there, where nobody reads it.
+        if isinstance(base := self.venv.unwrapped, StableBaselinesVecEnv):
+            base.set_rows(name, values)
+            return
         for i, value in enumerate(values):
-            # `VecEnv.set_attr` would set it on the outermost wrapper, where nobody reads it.
             self.venv.env_method("set_wrapper_attr", name, value, indices=i)
 
 
@@ -210,18 +217,28 @@ class StableBaselinesVecEnv(VecEnv):
         """
         rows = set(self._get_indices(indices))
         everywhere = len(rows) == self.num_envs
+        if everywhere and not callable(getattr(self.vector_env.unwrapped, "set_attr", None)):
+            setattr(self._owner(attr_name), attr_name, value)
+            return
         values = [value] * self.num_envs if everywhere else self._row_values(attr_name)
-        values = [value if i in rows else old for i, old in enumerate(values)]
+        self.set_rows(attr_name, [value if i in rows else old for i, old in enumerate(values)])
+
+    def set_rows(self, attr_name: str, values: Sequence[Any]) -> None:
+        """Sets an attribute of every row, `values[i]` of row i: of the rows' own environments, else of the batched environment."""
         base: Any = self.vector_env.unwrapped
         if callable(getattr(base, "set_attr", None)):
-            base.set_attr(attr_name, values)
+            base.set_attr(attr_name, list(values))
+        elif attr_name in _ATTRIBUTES_PER_ROW or any(value is not values[0] for value in values):
+            setattr(self._owner(attr_name), attr_name, list(values))
         else:
-            setattr(self._owner(attr_name), attr_name, value if everywhere else values)
+            setattr(self._owner(attr_name), attr_name, values[0])
 
     def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
         """Calls a method of rows: of the rows' own environments, else once of the batched environment, whose answer is split by rows."""
         rows = list(self._get_indices(indices))
         base: Any = self.vector_env.unwrapped
+        if method_name in _OF_WRAPPERS and row_environments(base) is None:
+            return [_OF_WRAPPERS[method_name](self, row, *method_args, **method_kwargs) for row in rows]
         if environments := row_environments(base):
             return [environments[i].get_wrapper_attr(method_name)(*method_args, **method_kwargs) for i in rows]
         if len(rows) < self.num_envs and callable(getattr(base, "call", None)):
@@ -261,6 +278,29 @@ class StableBaselinesVecEnv(VecEnv):
         return list(value) if per_row and _is_batch(value, self.num_envs) else [value] * self.num_envs
 
 
+# What Gymnasium's single environments have for attributes anywhere on their stack, said of a row of a batched one.
+_OF_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "get_wrapper_attr": lambda view, row, name: view.get_attr(name, row)[0],
+    "set_wrapper_attr": lambda view, row, name, value, **_: view.set_attr(name, value, row),
+    "has_wrapper_attr": lambda view, row, name: _has(view, row, name),
+}
+
+
+def _has(view: StableBaselinesVecEnv, row: int, name: str) -> bool:
+    try:
+        view.get_attr(name, row)
+    except AttributeError:
+        return False
+    return True
+
+
+def _vec_env_layers(venv: VecEnv) -> Iterator[VecEnv]:
+    """Yields the layers of a `VecEnv`, outermost first."""
+    yield venv
+    if isinstance(venv, VecEnvWrapper):
+        yield from _vec_env_layers(venv.venv)
+
+
 class _ViewHolder:
     """Holds rows below a `StableBaselinesVecEnv`, which otherwise resets rows that end."""
 
@@ -288,9 +328,14 @@ class _ViewHolder:
         self._view.held = False
 
 
+def _reset_infos(venv: VecEnv) -> list[Info]:
+    """The infos of the last resets; a `VecEnvWrapper` has a list of its own, which Stable-Baselines3 leaves empty."""
+    return venv.reset_infos if any(venv.reset_infos) else venv.unwrapped.reset_infos
+
+
 def _ended_info(info: Info, row: int, venv: VecEnv) -> Info:
     """The info of a row that ended and was reset, in Gymnasium's form."""
-    return {**venv.reset_infos[row], "final_obs": info.get("terminal_observation"), "final_info": dict(info)}
+    return {**_reset_infos(venv)[row], "final_obs": info.get("terminal_observation"), "final_info": dict(info)}
 
 
 def _numbered(infos: Info, rows: BoolArray) -> Iterator[tuple[int, Info]]:

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from textgym.agents.common.backbone import without_peft
 from textgym.agents.common.checks import check_count
-from textgym.rewards.classifier import OFFSET, has_score_head, head_scores, hidden_states
+from textgym.rewards.classifier import OFFSET, has_score_head, head_scores, hidden_states, right_padded
+from textgym.rewards.model_trials import Reading, try_reading
 
 PAD = "<|pad|>"
 _PROBE_LENGTH = 4
@@ -118,6 +119,16 @@ def _add_rows(model: Any, rows: int) -> None:
         model.resize_token_embeddings(rows, pad_to_multiple_of=1, mean_resizing=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[known:] = 0
+
+
+def try_states(model: Any, tokenizer: Any, name: str) -> Reading:
+    """Returns how a decoder reads texts by its hidden states, see `try_reading`."""
+
+    def read(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        states = hidden_states(model.eval(), *right_padded(rows, tokenizer.pad_token_id, model.device))
+        return [states[place, : len(row)] for place, row in enumerate(rows)]
+
+    return try_reading(model, read, name, tokenizer)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The agent's side of the environment: whatever the user gave, seen as one Gymnasium `VectorEnv` with KL shaping on it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -68,6 +69,16 @@ def split_prompts(observations: Observation) -> tuple[IntArray, IntArray]:
     Raises:
         ValueError: the prompts do not all end at the same column.
     """
+    if not isinstance(observations, Mapping) or not {"input_ids", "attention_mask"} <= observations.keys():
+        shown = ", ".join(observations) if isinstance(observations, Mapping) else type(observations).__name__
+        raise ValueError(
+            f"`env` must show `input_ids` and `attention_mask`, as TextGen-v0 does, got {shown}; take the wrapper off that leaves them out."
+        )
+    if np.asarray(observations["input_ids"]).dtype.kind not in "iu":
+        raise ValueError(
+            "`env` must show `input_ids` that are integers, got numbers that an observation wrapper changed; leave that wrapper away "
+            "(for Stable-Baselines3's `VecNormalize`: `norm_obs=False`)."
+        )
     mask = np.asarray(observations["attention_mask"]).astype(bool)
     ends = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
     if not mask.any(1).all() or (ends != ends[0]).any():

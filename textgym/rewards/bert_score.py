@@ -6,11 +6,14 @@ of models.
 """
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from textgym.alignment import aligned
 from textgym.rewards.classifier import without_progress_bars
+from textgym.rewards.model_trials import batches, readable, try_reading
 from textgym.rewards.references import ReferenceReward
+from textgym.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +38,8 @@ class BertScoreReward(ReferenceReward):
             guide: 9 of bert-base, 17 of roberta-large.
         figure: `"f1"`, `"precision"` or `"recall"`.
         batch_size: texts per forward pass.
-        max_length: longest text in tokens; by default the smaller of what the tokenizer and the model's positions allow. The end of a
-            longer text is cut off.
+        max_length: longest text in tokens; by default the smallest of what the tokenizer, the configuration and the model's table of
+            positions (tried when it is loaded) allow. The end of a longer text is cut off.
         device: where the model runs. `"auto"`: a GPU if there is one, for a model loaded from a path; where it is, for a given model.
 
     Raises:
@@ -91,7 +94,7 @@ class BertScoreReward(ReferenceReward):
         if self._ready:
             return
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         tokenizer = self._tokenizer
         try:
@@ -100,8 +103,10 @@ class BertScoreReward(ReferenceReward):
                     self._model = AutoModel.from_pretrained(self._source)
             if tokenizer is None:
                 tokenizer = self._source or self._model.config.name_or_path
-            if isinstance(tokenizer, str | os.PathLike):
-                tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
+            if not isinstance(tokenizer, str | os.PathLike) or os.fspath(tokenizer):
+                tokenizer = load_tokenizer(tokenizer)
+            else:
+                raise ValueError("the model does not say where it was loaded from; give its `tokenizer`")
         except (OSError, ValueError) as error:
             raise ValueError(f"reward `{self.__name__}`: cannot load the encoder or its tokenizer: {error}") from error
         device = self.device
@@ -114,8 +119,8 @@ class BertScoreReward(ReferenceReward):
             raise ValueError(f"`layer` must be from {-layers - 1} to {layers}, the layers of this encoder, got {self.layer}.")
         aligned(self._model).eval()
         self._tokenizer = tokenizer
-        positions = getattr(self._model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        self._limit = self.max_length or int(min(tokenizer.model_max_length, positions, 1e9))
+        limit, self._batching = try_reading(self._model, self._forward, f"reward `{self.__name__}`", tokenizer, self.max_length)
+        self._limit = limit or int(1e9)
         self._ready = True
 
     def _embed(self, texts: list[str]) -> "list[tuple[torch.Tensor, torch.Tensor]]":
@@ -123,13 +128,13 @@ class BertScoreReward(ReferenceReward):
         import torch
 
         encoded = [self._encode(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))  # texts of like length share a batch: little padding
         result: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool))] * len(texts)
-        order = [i for i in order if encoded[i][0]]
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for i, vectors in zip(batch, self._forward([encoded[i][0] for i in batch]), strict=True):
-                result[i] = vectors, torch.tensor(encoded[i][1], dtype=torch.bool)
+        filled = [i for i, (ids, _) in enumerate(encoded) if ids]
+        with readable(f"reward `{self.__name__}`", self._model):
+            for places in batches([len(encoded[i][0]) for i in filled], self.batch_size, self._batching):
+                batch = [filled[place] for place in places]
+                for i, vectors in zip(batch, self._forward([encoded[i][0] for i in batch]), strict=True):
+                    result[i] = vectors, torch.tensor(encoded[i][1], dtype=torch.bool)
         return result
 
     def _encode(self, text: str) -> tuple[list[int], list[bool]]:
@@ -137,7 +142,7 @@ class BertScoreReward(ReferenceReward):
         kept = self._tokenizer(text.strip(), truncation=True, max_length=self._limit, return_special_tokens_mask=True)
         return list(kept["input_ids"]), [not special for special in kept["special_tokens_mask"]]
 
-    def _forward(self, rows: list[list[int]]) -> "list[torch.Tensor]":
+    def _forward(self, rows: Sequence[Sequence[int]]) -> "list[torch.Tensor]":
         """Returns the unit vectors of the tokens of each row."""
         import torch
 

@@ -7,7 +7,6 @@ reads the hidden state at the last token *by length*.
 
 import copy
 import json
-import math
 import os
 import re
 import sys
@@ -18,7 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from textgym.alignment import aligned
 from textgym.errors import RewardError
+from textgym.rewards.calling import NamedReward
 from textgym.rewards.episodes import Prompt, as_completion, excerpt
+from textgym.rewards.model_trials import batches, readable, try_reading
+from textgym.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ def _is_adapted_classifier(value: object) -> bool:
     return callable(inner) and "peft" in sys.modules and is_classifier(inner())
 
 
-class ClassifierReward:
+class ClassifierReward(NamedReward):
     """Scores prompt and completion with a sequence classifier: the reward is its logit.
 
     The text is the prompt followed by the completion, encoded by the classifier's own tokenizer, with the special tokens that it adds;
@@ -50,13 +52,16 @@ class ClassifierReward:
     `score`) the logit is read at the last token by length; an encoder (BERT, RoBERTa, DistilBERT, ...) pools in its own way under the
     attention mask. Encoder-decoders, CTRL, XLNet and the ModernBERT decoder are refused.
 
+    When the model is loaded it is tried whether a text gets the same score alone and padded beside a longer one. Where not (FNet, ConvBERT,
+    ...), only texts of one length share a forward pass, or none do, so no score depends on the other texts.
+
     Args:
         model: a folder or id for `AutoModelForSequenceClassification`, or such a model.
         tokenizer: its tokenizer, or a folder or id of one; by default the one that lies beside the model.
         label: which logit, as an index or a name of the model's `label2id`. Needed if the model has more than one label.
         batch_size: texts per forward pass.
-        max_length: longest text in tokens; by default the smaller of what the tokenizer and the model's positions allow. A longer text is
-            an error, or is cut.
+        max_length: longest text in tokens; by default the smallest of what the tokenizer, the configuration and the model's table of
+            positions (tried when it is loaded) allow. A longer text is an error, or is cut.
         truncation: cut texts that are too long, keeping the end, instead of raising.
         add_special_tokens: whether the tokenizer adds its special tokens (`[CLS]`, a BOS) to plain texts; a chat template has its own.
         device: where the model runs. `"auto"`: a GPU if there is one, for a model loaded from a path; where it is, for a given model.
@@ -124,11 +129,9 @@ class ClassifierReward:
         self._load()
         pairs = zip(prompts, completions, strict=True)
         rows = [self._checked(self.tokens(prompt, completion), prompt, completion) for prompt, completion in pairs]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a batch: little padding
         scores = [0.0] * len(rows)
-        with torch.no_grad(), _evaluating(self._model):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+        with torch.no_grad(), _evaluating(self._model), readable(f"reward `{self.__name__}`", self._model):
+            for batch in batches([len(row) for row in rows], self.batch_size, self._batching):
                 logits = self.logits([rows[row] for row in batch])[:, self._label].float().tolist()
                 for row, score in zip(batch, logits, strict=True):
                     scores[row] = score
@@ -154,24 +157,25 @@ class ClassifierReward:
         self._model = aligned(self._model)
         self._tokenizer = self._load_tokenizer()
         self._label = _label_index(self._model.config.num_labels, self._model.config.label2id, self.label, self.__name__)
-        self._limit = self.max_length or longest_text(self._model.config, self._tokenizer)
+        with _evaluating(self._model):
+            self._limit, self._batching = try_reading(
+                self._model, self._logits, f"reward `{self.__name__}`", self._tokenizer, self.max_length
+            )
         if self.truncation:
             self._tokenizer = copy.deepcopy(self._tokenizer)  # the side is a setting of the user's object
             self._tokenizer.truncation_side = "left"
         self._ready = True
 
     def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         tokenizer = self._tokenizer
         if tokenizer is None:
             tokenizer = self._source or self._model.config.name_or_path
         if not isinstance(tokenizer, str | os.PathLike):
-            return tokenizer
+            return load_tokenizer(tokenizer)
         try:
             if not os.fspath(tokenizer):
                 raise OSError("the model does not say where it was loaded from")
-            return AutoTokenizer.from_pretrained(os.fspath(tokenizer))
+            return load_tokenizer(os.fspath(tokenizer))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"reward `{self.__name__}`: cannot load the classifier's tokenizer from {os.fspath(tokenizer)!r} ({error}); "
@@ -214,6 +218,9 @@ class ClassifierReward:
     def logits(self, rows: Sequence[Sequence[int]]) -> "torch.Tensor":
         """Returns the logits of every label of encoded texts, (B, labels), in one pass; with gradient where that is enabled."""
         self._load()
+        return self._logits(rows)
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> "torch.Tensor":
         ids, lengths = right_padded(rows, _filler(self._model, self._tokenizer), self._model.device)
         if not has_score_head(self._model):  # an encoder, with a head of its own
             logits: torch.Tensor = self._model(input_ids=ids, attention_mask=attention_mask(ids, lengths)).logits
@@ -331,6 +338,7 @@ def _config_file(source: str) -> Path:
     """Returns the `config.json` of a folder, or of an id of the hub (from its cache, else downloaded)."""
     folder = Path(source)
     if folder.is_dir():
+        refuse_adapter("model", source)
         if not (folder / "config.json").is_file():
             raise ValueError(f"`model`: the folder {source!r} holds no `config.json`; it must be one that `save_pretrained` wrote.")
         return folder / "config.json"
@@ -343,6 +351,15 @@ def _config_file(source: str) -> Path:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`model`: {source!r} is no folder, and as an id of the hub it cannot be loaded: {reason}") from error
+
+
+def refuse_adapter(argument: str, source: str) -> None:
+    """Raises a `ValueError` for a folder that holds a peft adapter alone."""
+    if Path(source, "adapter_config.json").is_file() and not Path(source, "config.json").is_file():
+        raise ValueError(
+            f"`{argument}`: the folder {source!r} holds an adapter, not a model. Merge it first: load it with peft and save what "
+            "`merge_and_unload()` returns, and the tokenizer, in a folder of its own."
+        )
 
 
 def _label_index(count: int, label2id: dict[str, int], label: int | str | None, name: str) -> int:
@@ -358,14 +375,6 @@ def _label_index(count: int, label2id: dict[str, int], label: int | str | None, 
     if not 0 <= index < count:
         raise ValueError(f"`label` must be one of {list(label2id)} or an index below {count}, got {label!r}.")
     return index
-
-
-def longest_text(config: Any, tokenizer: Any) -> int | None:
-    """Returns how many tokens a text may have, None if neither the tokenizer nor the model sets a limit."""
-    # a tokenizer without a limit says 1e30
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf]
-    shortest = min(limits)
-    return int(shortest) if shortest < 1e9 else None
 
 
 def _filler(model: Any, tokenizer: Any) -> int:
