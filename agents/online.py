@@ -363,7 +363,8 @@ class OnlineAgent(Agent):
     def progress_text(self, shown: dict[str, Any]) -> str:
         """What the progress bar says: reward and KL of the last rollout."""
         rollout = shown["rollout"]
-        return f"reward {float(rollout.unshaped_returns.mean()):.3f}  KL {float(rollout.kl_per_sequence.nanmean()):.2f}"
+        kl = round(float(rollout.kl_per_sequence.nanmean()), 2) + 0.0  # a KL of rounding errors is 0, not -0
+        return f"reward {float(rollout.unshaped_returns.mean()):.3f}  KL {kl:.2f}"
 
     # -- environments, saving, loading ------------------------------------------------------------------------------
 
