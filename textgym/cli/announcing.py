@@ -1,14 +1,8 @@
-"""What a command says before it works: model, data, reward, device, precision and lengths in one line, and warnings in a line each."""
+"""What a command says before it works: model, data, reward, device, precision and lengths in one line."""
 
-import re
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-from textgym.cli.errors import translated_line
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from textgym.agents import CausalLMPolicy
@@ -41,27 +35,3 @@ def reward_words(rewards: Sequence[str], weights: Sequence[float] | None = None)
         return "no reward"
     parts = rewards if weights is None else [f"{weight:g} {one}" for weight, one in zip(weights, rewards, strict=True)]
     return f"reward {' + '.join(parts)}"
-
-
-@contextmanager
-def readable_warnings() -> Iterator[None]:
-    """Prints what users are warned of as lines of the command line, each once whatever its numbers; other warnings as they are."""
-    usual, said = warnings.showwarning, set[str]()
-
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
-    ) -> None:
-        if category is not UserWarning:
-            usual(message, category, filename, lineno, file, line)
-            return
-        text = translated_line(" ".join(str(message).split()))
-        kind = re.sub(r"\d+", "0", text)
-        if kind not in said:
-            said.add(kind)
-            print(f"textgym: {text}", file=sys.stderr)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = usual

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from textgym.cli.announcing import readable_warnings
 from textgym.cli.bench import bench
 from textgym.cli.convert import EXAMPLES, convert
 from textgym.cli.errors import EXIT_USER_ERROR, one_line, one_sentence_errors
@@ -110,8 +109,7 @@ app.command()(bench)
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an option that cannot be read ends in one sentence too."""
     try:
-        with readable_warnings():
-            code = app(args=arguments, prog_name="textgym", standalone_mode=False)
+        code = app(args=arguments, prog_name="textgym", standalone_mode=False)
     except Exception as error:
         message = getattr(error, "format_message", None)  # typer's own errors, whichever version's
         if message is None:

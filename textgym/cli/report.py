@@ -28,7 +28,8 @@ _ROWS = (
 
 def _cell(measurement: Measurement, name: str, form: str) -> str:
     value = getattr(measurement, name)
-    return "" if value is None else form.format(round(value, 6) + 0.0)  # a KL of rounding errors is 0, not -0
+    shown = "" if value is None else form.format(value)
+    return shown.lstrip("-") if shown and not shown.strip("-0.%") else shown  # a KL of rounding errors is 0, not -0
 
 
 def numbers_table(before: Measurement, after: Measurement) -> Table:
