@@ -19,6 +19,7 @@ from textgym.agents.common.offline_rows import Example, read_examples
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.packing import check_packing, score_packed
+from textgym.agents.common.progress import counting_bar
 from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, OfflineLearner, Share
 from textgym.agents.policy import CausalLMPolicy
 from textgym.feedback.records import Record
@@ -128,9 +129,9 @@ class OfflineAgent(OfflineLearner):
     def check_examples(self, examples: ExampleSet) -> None:
         """Raises a `ValueError` where the algorithm's settings do not suit these examples; a hook."""
 
-    def prepare(self, examples: ExampleSet) -> None:
+    def prepare(self, examples: ExampleSet, progress_bar: bool = False) -> None:
         """Works out log π_ref(y|x) of every completion, once."""
-        self.add_reference(examples)
+        self.add_reference(examples, progress_bar)
 
     def evaluate(self, examples: Any) -> dict[str, float]:
         """Returns the loss and the other numbers of `train`, by log key, on examples that are not trained on.
@@ -153,15 +154,17 @@ class OfflineAgent(OfflineLearner):
         return policy.score(batch.prompt_ids, batch.prompt_lengths, batch.completion_ids, batch.lengths).log_probs
 
     @torch.no_grad()
-    def add_reference(self, examples: ExampleSet) -> None:
-        """Works out log π_ref(y|x) of every completion, once."""
+    def add_reference(self, examples: ExampleSet, progress_bar: bool = False) -> None:
+        """Works out log π_ref(y|x) of every completion, once; `progress_bar` shows how many are done."""
         if not self.loss_has_reference or self.reference is None or examples.reference_log_probs is not None:
             return
         found = torch.empty(examples.num_completions)
         longest_first = np.argsort(-examples.completions.lengths, kind="stable")  # completions of one length need no padding
         lengths = torch.from_numpy(examples.pair_lengths[longest_first])
-        for part in micro_batches(lengths, SCORED_AT_ONCE, self.micro_batch_tokens):
-            places = longest_first[part.numpy()]
-            batch = examples.completion_batch(places, self.policy.device)
-            found[torch.from_numpy(places)] = self.score(self.reference, batch).sum(1).cpu()
+        with counting_bar("Scoring by the reference", examples.num_completions, shown=progress_bar) as advance:
+            for part in micro_batches(lengths, SCORED_AT_ONCE, self.micro_batch_tokens):
+                places = longest_first[part.numpy()]
+                batch = examples.completion_batch(places, self.policy.device)
+                found[torch.from_numpy(places)] = self.score(self.reference, batch).sum(1).cpu()
+                advance(len(places))
         examples.reference_log_probs = found

@@ -179,7 +179,7 @@ class OfflineLearner(Agent):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
-        self.prepare(examples)
+        self.prepare(examples, progress_bar)
         callback.on_training_start({"self": self, "total_timesteps": total_timesteps}, {})
         iteration = 0
         while self.num_timesteps < total_timesteps:
@@ -244,8 +244,8 @@ class OfflineLearner(Agent):
     def minibatch_loss(self, examples: Any, rows: Tensor) -> MicroBatchShare:
         """Prepares the loss of a minibatch, the examples `rows`; what is returned gives the share of each of its micro-batches."""
 
-    def prepare(self, examples: Any) -> None:
-        """Called with examples before the first loss on them; a hook."""
+    def prepare(self, examples: Any, progress_bar: bool = False) -> None:
+        """Called with examples before the first loss on them; a hook, which may show how far it is."""
 
     @torch.no_grad()
     def numbers_on(self, examples: Any) -> dict[str, float]:

@@ -358,7 +358,10 @@ class OnlineAgent(Agent):
     def progress_text(self, shown: dict[str, Any]) -> str:
         """What the progress bar says: reward and KL of the last rollout."""
         rollout = shown["rollout"]
-        return f"reward {float(rollout.unshaped_returns.mean()):.3f}  KL {float(rollout.kl_per_sequence.nanmean()):.2f}"
+        # What is of rounding errors is 0, not -0.
+        reward = round(float(rollout.unshaped_returns.mean()), 3) + 0.0
+        kl = round(float(rollout.kl_per_sequence.nanmean()), 2) + 0.0
+        return f"reward {reward:.3f}  KL {kl:.2f}"
 
     # -- environments, saving, loading ------------------------------------------------------------------------------
 

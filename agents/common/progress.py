@@ -84,7 +84,8 @@ class ProgressCallback(BaseCallback):
     def _on_training_start(self) -> None:
         self._progress = Progress(_Line(self))
         self._total = self.locals["total_timesteps"]
-        self._start, self._first = time.monotonic(), self.model.num_timesteps
+        self._start = self._last_line = time.monotonic()
+        self._first = self.model.num_timesteps
         self._sampled, self._rate, self._status = False, None, ""
         self._task = self._progress.add_task("", total=self._total)
         if self._progress.console.is_terminal:
@@ -94,26 +95,34 @@ class ProgressCallback(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self._sampled:  # the iteration before this one is over
-            elapsed = max(time.monotonic() - self._start, 1e-9)
-            self._rate = (self.model.num_timesteps - self._first) / elapsed
-            self._show()
+        if self._sampled:
+            self._end_iteration()
 
     def _on_rollout_end(self) -> None:
-        model: Any = self.model  # ours: an `Agent`
-        self._status, self._sampled = model.progress_text(self.locals), True
-        self._show()
+        self._sampled = True
+        self._update()
 
-    def _show(self) -> None:
+    def _end_iteration(self, last: bool = False) -> None:
+        """The iteration before this moment is over: rate and line are those of whole iterations."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        self._rate = (self.model.num_timesteps - self._first) / elapsed
+        self._update()
         assert self._progress is not None
         console = self._progress.console
-        self._progress.update(self._task, completed=self.model.num_timesteps)
-        if not console.is_terminal and time.monotonic() - self._last_line > PLAIN_INTERVAL_S:
+        if not console.is_terminal and (last or time.monotonic() - self._last_line > PLAIN_INTERVAL_S):
             self._last_line = time.monotonic()
             console.print(self.line(console.width), highlight=False, markup=False, soft_wrap=True)
 
+    def _update(self) -> None:
+        assert self._progress is not None
+        model: Any = self.model  # ours: an `Agent`
+        self._status = model.progress_text(self.locals)
+        self._progress.update(self._task, completed=self.model.num_timesteps)
+
     def _on_training_end(self) -> None:
         assert self._progress is not None
+        if self._sampled:
+            self._end_iteration(last=True)
         self._progress.stop()
 
 

@@ -97,7 +97,9 @@ def test_end_to_end_in_a_process_of_its_own(tmp_path: Path) -> None:
     (run,) = (tmp_path / "runs").iterdir()
     assert f"Run folder: {run.relative_to(tmp_path)}" in result.stdout
     generated = subprocess.run([*COMMAND, "generate", "the plot was", "--model", str(run), "--device", "cpu"], **arguments)
-    assert generated.stdout.startswith("the plot was") and generated.stderr == ""
+    assert generated.stdout.startswith("the plot was")
+    assert generated.stderr.startswith("textgym: reinforce-") and generated.stderr.count("\n") == 1
+    assert "(0.2 M parameters, float32, on cpu); 1 prompt; 32 new tokens at most" in generated.stderr
 
 
 def test_every_algorithm_has_its_class_and_its_step_size() -> None:

@@ -65,7 +65,7 @@ def test_feedback_that_is_there(textgym: Any) -> None:
         (["--algorithm", "dpo"], "--algorithm must be one that samples, not dpo"),
         (["--pairs", "0"], "--pairs must be at least 1, not 0"),
         (["--annotator-temperature", "-1"], "--annotator-temperature must be 0 or above"),
-        (["--annotator", "nothing-like-it"], "--annotator: "),
+        (["--annotator", "nothing-like-it"], "--annotator 'nothing-like-it' is no reward. It takes"),
         (["--model", "somewhere"], "--prompts must be given with --model"),
         (["--resume", "nowhere"], "there is no run of textgym pipeline"),
         (["--resume", "nowhere", "--pairs", "3"], "only --rounds can be given with it, not --pairs"),

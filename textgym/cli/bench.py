@@ -1,5 +1,6 @@
 """`textgym bench`: how fast sampling and training are on this machine."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from textgym.cli.errors import UserError, one_sentence_errors
-from textgym.cli.options import Device, MaxNewTokens
+from textgym.cli.options import DATA, MODEL, RUN, SAMPLING, Autocast, Device, Dtype, MaxNewTokens
 from textgym.cli.settings import option
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class BenchSettings:
 
     model: str | None = None
     device: str = "auto"
+    dtype: str = "auto"
+    autocast: str | None = None
     batch_size: int = 64
     prompt_tokens: int = 16
     max_new_tokens: int = 32
@@ -35,19 +38,31 @@ DEFAULTS = BenchSettings()
 
 
 def bench(
-    model: Annotated[str | None, typer.Option(help="Folder or id of a model, or a run folder.", show_default="bundled")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of a model, or a run folder.", show_default="bundled", rich_help_panel=MODEL)
+    ] = None,
     device: Device = DEFAULTS.device,
+    dtype: Dtype = DEFAULTS.dtype,
+    autocast: Autocast = None,
     batch_size: Annotated[
-        int, typer.Option(help=f"Completions at a time, a multiple of {GENERATIONS}: RLOO samples so many of each prompt.")
+        int,
+        typer.Option(
+            help=f"Completions at a time, a multiple of {GENERATIONS}: RLOO samples so many of each prompt.", rich_help_panel=SAMPLING
+        ),
     ] = DEFAULTS.batch_size,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts, which are made of random tokens.")] = DEFAULTS.prompt_tokens,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Length of the prompts, which are made of random tokens.", rich_help_panel=DATA)
+    ] = DEFAULTS.prompt_tokens,
     max_new_tokens: MaxNewTokens = DEFAULTS.max_new_tokens,
     repeats: Annotated[
-        int, typer.Option(help="Measurements of each kind, whose median counts; one before them warms up.")
+        int, typer.Option(help="Measurements of each kind, whose median counts; one before them warms up.", rich_help_panel=RUN)
     ] = DEFAULTS.repeats,
-    seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(help="Of prompts and sampling.", rich_help_panel=SAMPLING)] = DEFAULTS.seed,
     out: Annotated[
-        Path | None, typer.Option(help="Write the numbers to this JSON file, replaced if it is there.", show_default="none is written")
+        Path | None,
+        typer.Option(
+            help="Write the numbers to this JSON file, replaced if it is there.", show_default="none is written", rich_help_panel=RUN
+        ),
     ] = None,
 ) -> None:
     """Measure sampling and training on this machine: tokens and completions per second, and the environment's share.
@@ -57,7 +72,7 @@ def bench(
     the learning rate is 0, so the model stays what it is. Without options it measures the bundled model, in less than a minute.
     """
     with one_sentence_errors():
-        run(BenchSettings(model, device, batch_size, prompt_tokens, max_new_tokens, repeats, seed, out))
+        run(BenchSettings(model, device, dtype, autocast, batch_size, prompt_tokens, max_new_tokens, repeats, seed, out))
 
 
 def run(settings: BenchSettings) -> None:
@@ -91,16 +106,16 @@ def _check(settings: BenchSettings) -> None:
         )
     if settings.out is not None and not settings.out.parent.is_dir():
         raise UserError(f"--out {settings.out}: there is no folder {settings.out.parent}.")
+    if settings.out is not None and not os.access(settings.out.parent, os.W_OK):
+        raise UserError(f"--out {settings.out} cannot be written: Permission denied.")
 
 
 def _load(settings: BenchSettings) -> "CausalLMPolicy":
     from textgym.bundled import bundled_model_path
-    from textgym.cli.run_folder import RunFolder
-    from textgym.cli.workplace import load_policy
+    from textgym.cli.workplace import Precision, load_policy
 
-    run_folder = RunFolder.of_model(settings.model)
-    given = settings.model or str(bundled_model_path())
-    policy = load_policy("--model", given if run_folder is None else str(run_folder.model), settings.device)
+    given, precision = settings.model or str(bundled_model_path()), Precision(settings.dtype, settings.autocast)
+    policy = load_policy("--model", given, settings.device, precision=precision)
     limit, needed = policy.backbone.max_positions, settings.prompt_tokens + settings.max_new_tokens
     if limit is not None and needed > limit:
         raise UserError(f"--prompt-tokens and --max-new-tokens make {needed} tokens together, but the model has {limit} positions.")

@@ -33,10 +33,12 @@ def fail(error: BaseException | str, further: str = "") -> NoReturn:
 def told(error: BaseException | str) -> str:
     """Returns what an error says in its line or lines, in words that can be typed; what code of the user's says stays as it is."""
     lines = str(error).splitlines() if isinstance(error, LinesError) else [one_line(error)]
-    if not _is_others(error):
-        vocabulary = vocabulary_of(_context())
-        lines = [translated(line, vocabulary) for line in lines]
-    return "\n".join(lines)
+    return "\n".join(lines if _is_others(error) else map(translated_line, lines))
+
+
+def translated_line(line: str) -> str:
+    """Returns a message of the library in words that can be typed for the command that runs."""
+    return translated(line, vocabulary_of(_context()))
 
 
 def one_line(error: BaseException | str) -> str:

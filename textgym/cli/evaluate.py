@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from textgym.cli.errors import UserError, one_line, one_sentence_errors
-from textgym.cli.options import Device, NumGenerations, RewardWeight
+from textgym.cli.options import DATA, MODEL, REWARDS, RUN, SAMPLING, Autocast, Device, Dtype, NumGenerations, RewardWeight
 from textgym.cli.settings import TrainSettings
 
 if TYPE_CHECKING:
     from textgym.agents import BestOfN, CausalLMPolicy
-    from textgym.agents.comparison import ComparisonReport
     from textgym.cli.run_folder import RunFolder
     from textgym.rewards import RewardSet
 
 DEFAULTS = TrainSettings("ppo")
-SHOWN_SAMPLES = 4
-FILES = ("report.json", "report.md", "samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,45 +40,66 @@ class EvaluateSettings:
     device: str
     out: Path | None
     force: bool
+    dtype: str
+    autocast: str | None
 
 
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Option(help="A: folder or id of a model, or a run folder, whose settings are then the defaults.", show_default="bundled"),
+        typer.Option(
+            help="A: folder or id of a model, or a run folder, whose settings are then the defaults.",
+            show_default="bundled",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="B: another model or run folder.", show_default="of a run, the model it started from; with --best-of, the model"),
+        typer.Option(
+            help="B: another model or run folder.",
+            show_default="of a run, the model it started from; with --best-of, the model",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     references: Annotated[
         str | None,
         typer.Option(
-            help="In place of B: the column of the prompts that holds the texts to beat.", show_default="reference of bundled prompts"
+            help="In place of B: the column of the prompts that holds the texts to beat.",
+            show_default="reference of bundled prompts",
+            rich_help_panel=DATA,
         ),
     ] = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            help="The reward that was trained on; see textgym train. Several are added up.", show_default="film-review, or the run's"
+            help="The reward that was trained on; see textgym train. Several are added up.",
+            show_default="film-review, or the run's",
+            rich_help_panel=REWARDS,
         ),
     ] = None,
     reward_weight: RewardWeight = None,
     true_reward: Annotated[
         str | None,
-        typer.Option(help="The reward that is meant, of the same forms.", show_default="film-review-true beside film-review, or the run's"),
+        typer.Option(
+            help="The reward that is meant, of the same forms.",
+            show_default="film-review-true beside film-review, or the run's",
+            rich_help_panel=REWARDS,
+        ),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
             help="module:function or file.py:function: judge(prompt, first, second) returns first, second, tie or the probability that the "
-            "first is better; asked in both orders."
+            "first is better; asked in both orders.",
+            rich_help_panel=REWARDS,
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Held-out prompts: .jsonl or .jsonl.gz with a column prompt; rewards get the others.", show_default="bundled, or the run's"
+            help="Held-out prompts: .jsonl or .jsonl.gz with a column prompt; rewards get the others.",
+            show_default="bundled, or the run's",
+            rich_help_panel=DATA,
         ),
     ] = None,
     reference: Annotated[
@@ -89,20 +107,31 @@ def evaluate(
         typer.Option(
             help="Model that KL and perplexity are measured to.",
             show_default="of a run, the model it started from; else B; with --best-of, the model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
-    best_of: Annotated[int, typer.Option(help="Of so many samples of A the one with the highest --reward is kept.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(help="Of so many samples of A the one with the highest --reward is kept.", rich_help_panel=SAMPLING)
+    ] = 1,
     num_generations: NumGenerations = 1,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest completion, in tokens.", show_default=f"{DEFAULTS.max_new_tokens}, or the run's")
+        int | None,
+        typer.Option(
+            help="Longest completion, in tokens.", show_default=f"{DEFAULTS.max_new_tokens}, or the run's", rich_help_panel=SAMPLING
+        ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling, above 0.", show_default="1, or the run's")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, the same for both sides, and of the intervals.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling, above 0.", show_default="1, or the run's", rich_help_panel=SAMPLING)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, the same for both sides, and of the intervals.", rich_help_panel=SAMPLING)] = 0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
+    autocast: Autocast = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.json, report.md and samples.jsonl.", show_default="none is written")
+        Path | None,
+        typer.Option(help="Folder for report.json, report.md and samples.jsonl.", show_default="none is written", rich_help_panel=RUN),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the report that is in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the report that is in --out.", rich_help_panel=RUN)] = False,
 ) -> None:
     """Measure a model on held-out prompts: win rate, rewards, KL, perplexity, length, repetition, and whether the reward is being hacked.
 
@@ -128,6 +157,8 @@ def evaluate(
             device=device,
             out=out,
             force=force,
+            dtype=dtype,
+            autocast=autocast,
         )
         run(settings)
 
@@ -159,6 +190,7 @@ def run(settings: EvaluateSettings) -> None:
 
     from textgym.agents import compare_policies
     from textgym.cli.bars import bar
+    from textgym.cli.comparison_report import print_comparison, write_comparison
     from textgym.cli.workplace import limit_threads, load_judge_option, quiet_transformers
 
     _check(settings)
@@ -172,6 +204,7 @@ def run(settings: EvaluateSettings) -> None:
     first = _best_of(policies[sides.model], reward, settings.best_of)
     against = sides.column if sides.against is None else policies[sides.against]
     console = Console()
+    console.print(_announced(settings, sides, policies, len(rows)), style="dim", highlight=False, markup=False)
     with bar(console, "Sampling", len(rows) * (2 if sides.against else 1)) as on_batch:
         report = _one_sentence(
             lambda: compare_policies(
@@ -195,7 +228,21 @@ def run(settings: EvaluateSettings) -> None:
         console.print(f"Report: {settings.out}", highlight=False, soft_wrap=True)
 
 
+def _announced(settings: EvaluateSettings, sides: _Sides, policies: "dict[str, CausalLMPolicy]", rows: int) -> str:
+    """Returns in one line what is compared with what, on what."""
+    from textgym.cli.announcing import model_words, reward_words
+
+    other = f"the column {sides.column}" if sides.against is None else model_words(sides.names[1], policies[sides.against])
+    parts = [
+        f"{model_words(sides.names[0], policies[sides.model])} against {other}",
+        f"{rows:,} prompts, {settings.num_generations} completions each, {sides.training.max_new_tokens} new tokens at most",
+        reward_words(sides.training.reward, sides.training.reward_weights),
+    ]
+    return "; ".join(parts)
+
+
 def _check(settings: EvaluateSettings) -> None:
+    from textgym.cli.comparison_report import FILES
     from textgym.cli.workplace import check_model_paths, check_writable
 
     rules = (
@@ -281,12 +328,13 @@ def _prompts(settings: EvaluateSettings, training: TrainSettings) -> list[dict[s
 
 def _load(settings: EvaluateSettings, sides: _Sides) -> "dict[str, CausalLMPolicy]":
     """Loads each model once."""
-    from textgym.cli.workplace import load_policy
+    from textgym.cli.workplace import Precision, load_policy
 
     policies: dict[str, CausalLMPolicy] = {}
     for option, path in (("--model", sides.model), ("--against", sides.against), ("--reference", sides.reference)):
         if path is not None and path not in policies:
-            policies[path] = load_policy(option, path, settings.device, sides.training.temperature)
+            precision = Precision(settings.dtype, settings.autocast)
+            policies[path] = load_policy(option, path, settings.device, sides.training.temperature, precision)
     return policies
 
 
@@ -314,54 +362,6 @@ def _one_sentence(measure: Any) -> Any:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{one_line(error)} {notes[0]}, {place.filename}, line {place.lineno}") from error
-
-
-def print_comparison(console: Any, report: "ComparisonReport") -> None:
-    """Prints the numbers, the win rates, the reward-hacking report and the first samples."""
-    from rich.markdown import Markdown
-    from rich.table import Table
-
-    table = Table(title=f"{report.settings['prompts']} held-out prompts")
-    table.add_column("")
-    for side in report.sides:
-        table.add_column(side.name, justify="right")
-    for row in report.table():
-        table.add_row(*row)
-    console.print(table)
-    for line in report.win_rate_lines():
-        console.print(line, style="bold", highlight=False, soft_wrap=True)
-    if report.over_optimisation is not None:
-        console.print(Markdown(report.over_optimisation.to_markdown()))
-    _print_samples(console, report)
-
-
-def _print_samples(console: Any, report: "ComparisonReport") -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from textgym.cli.measuring import text_of
-
-    samples = Table(title="The first samples", show_lines=True)
-    for side in report.sides:
-        samples.add_column(side.name, ratio=1)
-    for sample in report.samples[:: report.settings["num_generations"]][:SHOWN_SAMPLES]:
-        cells = [sample[side.name] for side in report.sides]
-        scores = [", ".join(f"{name} {value:.2f}" for name, value in cell.items() if name != "completion") for cell in cells]
-        prompt = escape(text_of(sample["prompt"]))
-        samples.add_row(
-            *(f"[dim]{prompt}[/dim]{escape(cell['completion'])}\n[cyan]{score}[/cyan]" for cell, score in zip(cells, scores, strict=True))
-        )
-    console.print(samples)
-
-
-def write_comparison(folder: Path, report: "ComparisonReport", further: dict[str, Any]) -> None:
-    """Writes report.json, which also holds `further`, report.md and samples.jsonl."""
-    from textgym.cli.run_folder import write_json, write_json_lines
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILES[0], {**report.to_dict(), **further})
-    (folder / FILES[1]).write_text(report.to_markdown(), encoding="utf-8")
-    write_json_lines(folder / FILES[2], report.samples)
 
 
 def _circumstances(sides: _Sides, settings: EvaluateSettings) -> dict[str, Any]:

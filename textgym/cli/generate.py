@@ -12,6 +12,7 @@ from rich.text import Text
 
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.cli.algorithms import REWARD
+from textgym.cli.announcing import model_name, model_words
 from textgym.cli.errors import UserError
 from textgym.cli.measuring import text_of
 from textgym.cli.run_folder import RunFolder
@@ -49,6 +50,7 @@ def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | 
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "num_generations", "top_k", "top_p")}
     if settings.seed is not None:
         policy.seed(settings.seed)
+    print(f"textgym: {_announced(settings, policy, len(prompts))}", file=sys.stderr)
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         generation = policy.generate(part, **options)
@@ -57,6 +59,12 @@ def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | 
         )
         for index, row in enumerate(rows):
             _print(part[index // settings.num_generations], *row, json_lines=settings.json_lines)
+
+
+def _announced(settings: GenerateSettings, policy: Any, prompts: int) -> str:
+    """Returns in one line what completes what."""
+    many = "1 prompt" if prompts == 1 else f"{prompts:,} prompts"
+    return f"{model_words(model_name(settings.model), policy)}; {many}; {settings.max_new_tokens} new tokens at most"
 
 
 def _check(settings: GenerateSettings) -> None:

@@ -78,7 +78,9 @@ class PipelineSettings:
 
 def pipeline(
     context: typer.Context,
-    algorithm: Annotated[Algorithm, typer.Option(help="What learns from the reward model: an online algorithm.")] = Algorithm.RLOO,
+    algorithm: Annotated[
+        Algorithm, typer.Option(help="What learns from the reward model: an online algorithm.", metavar="NAME")
+    ] = Algorithm.RLOO,
     model: Model = None,
     prompts: Annotated[str | None, typer.Option(help="Prompts: .jsonl or .jsonl.gz with a column prompt.", show_default="bundled")] = None,
     eval_prompts: Annotated[
@@ -314,7 +316,7 @@ def _annotator(settings: PipelineSettings) -> Any:
 def _finish(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: PipelineSettings, console: "Console") -> None:
     """Compares the policy with the reference on held-out prompts, prints and writes it."""
     from textgym.agents import compare_policies
-    from textgym.cli.evaluate import print_comparison, write_comparison
+    from textgym.cli.comparison_report import print_comparison, write_comparison
 
     assert rlhf.agent is not None
     rlhf.policy.save_pretrained(rlhf.folder / "model")

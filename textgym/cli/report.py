@@ -10,6 +10,7 @@ from rich.table import Table
 
 from textgym.cli.measuring import Measurement, text_of
 from textgym.cli.run_folder import RunFolder
+from textgym.cli.shortening import prompt_cells, shortened
 
 SHOWN_SAMPLES = 6
 _TEXT_WIDTH = 60  # of each of the two columns in samples.txt
@@ -27,7 +28,8 @@ _ROWS = (
 
 def _cell(measurement: Measurement, name: str, form: str) -> str:
     value = getattr(measurement, name)
-    return "" if value is None else form.format(round(value, 6) + 0.0)  # a KL of rounding errors is 0, not -0
+    shown = "" if value is None else form.format(value)
+    return shown.lstrip("-") if shown and not shown.strip("-0.%") else shown  # a KL of rounding errors is 0, not -0
 
 
 def numbers_table(before: Measurement, after: Measurement) -> Table:
@@ -42,13 +44,14 @@ def numbers_table(before: Measurement, after: Measurement) -> Table:
     return table
 
 
-def samples_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
-    """Returns the first samples side by side, the prompt dimmed, each with its rewards."""
+def samples_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], width: int = 80) -> Table:
+    """Returns the first samples side by side, for a terminal `width` columns wide: prompts dimmed and shortened, rewards below."""
     table = Table(title="The same prompts before and after", show_lines=True)
     table.add_column("before", ratio=1)
     table.add_column("after", ratio=1)
     for pair in zip(before[:SHOWN_SAMPLES], after[:SHOWN_SAMPLES], strict=True):
-        table.add_row(*(f"[dim]{escape(text_of(row['prompt']))}[/dim]{escape(row['completion'])}{_scores(row)}" for row in pair))
+        prompts = [escape(shortened(text_of(row["prompt"]), prompt_cells(width))) for row in pair]
+        table.add_row(*(f"[dim]{prompt}[/dim]{escape(row['completion'])}{_scores(row)}" for prompt, row in zip(prompts, pair, strict=True)))
     return table
 
 

@@ -42,14 +42,15 @@ class Split:
         }
 
     def told(self, what: str) -> str:
-        """Returns the numbers in words; `what` is the name of one row."""
+        """Returns the numbers in words; `what` a row is: "row", or "prompt" where each should be another one."""
 
         def count(number: int, name: str) -> str:
             return f"{number:,} {name}{'' if number == 1 else 's'}"
 
         def side(rows: list[Row], prompts: int) -> str:
-            more = "" if what == "prompt" and len(rows) == prompts else f" of {count(prompts, 'prompt')}"
-            return count(len(rows), what) + more
+            if what == "prompt" and len(rows) == prompts:
+                return count(prompts, what)
+            return f"{count(len(rows), 'row')} of {count(prompts, 'prompt')}"
 
         left_out = f"; {self.left_out:,} left out, too long" if self.left_out else ""
         return f"{side(self.train, self.train_prompts)}, held out {side(self.held_out, self.held_out_prompts)}{left_out}"

@@ -10,6 +10,7 @@ from textgym.agents.common.evaluation import EvaluationResult
 from textgym.agents.common.options import arguments_of
 from textgym.cli import offline_workplace
 from textgym.cli.algorithms import ALGORITHMS, agent_class, command
+from textgym.cli.announcing import model_name, model_words, reward_words
 from textgym.cli.arguments import RESERVED, check_options
 from textgym.cli.bars import bar
 from textgym.cli.errors import UserError, fail
@@ -78,8 +79,26 @@ class Run(Training):
         return run
 
     def announce(self) -> None:
-        """Says what is trained on, and what is held out."""
-        self.console.print(self.rows.told("row" if self.settings.offline else "prompt"), style="dim", highlight=False)
+        """Says in one line what is trained, on what, how, and what is held out."""
+        settings = self.settings
+        longest = self.environment.single_observation_space["input_ids"].shape[0]
+        parts = [
+            f"{settings.title} of {model_words(model_name(settings.model), self.agent.policy)}",
+            self.rows.told("row" if settings.offline else "prompt"),
+            reward_words(settings.reward, settings.reward_weights) + (", only measured" if settings.offline and settings.reward else ""),
+            f"{longest - settings.max_new_tokens} + {settings.max_new_tokens} tokens at most",
+            f"{settings.training_length:,} timesteps",
+        ]
+        self.console.print("; ".join(parts), style="dim", highlight=False, markup=False)
+
+    def train(self) -> None:
+        """See `Training`; a preference learner's reference scores the examples first, which is a pass over all of them."""
+        if self.settings.offline:
+            try:
+                self.agent.prepare(self.agent.examples, progress_bar=True)
+            except KeyboardInterrupt:
+                self._interrupted()
+        super().train()
 
     def measure_before(self) -> None:
         """Measures the policy before training, and saves it; whatever ends that, what was measured is written.
@@ -135,9 +154,9 @@ class Run(Training):
         self.write_measurement("after", after, fresh)
         self.plot()
         before = Measurement(**self.folder.read_summary()["before"])
-        samples = [read_json_lines(self.folder.samples(when)) for when in ("before", "after")]
+        samples = (read_json_lines(self.folder.samples("before")), read_json_lines(self.folder.samples("after")))
         self.folder.samples_text.write_text(samples_text(*samples), encoding="utf-8")
-        print_report(self.console, self.folder, numbers_table(before, after), samples_table(*samples))
+        print_report(self.console, self.folder, numbers_table(before, after), samples_table(*samples, width=self.console.width))
 
 
 def make_online(settings: TrainSettings, folder: RunFolder) -> Prepared:

@@ -40,6 +40,8 @@ class Training(ABC):
         settings: the run's, with its `training_length` in timesteps.
     """
 
+    agent: Any  # an `Agent`, of which each kind has more
+
     def __init__(self, agent: "Agent", folder: RunFolder, settings: Any) -> None:
         self.agent, self.folder, self.settings = agent, folder, settings
         self.console = Console()
