@@ -117,7 +117,7 @@ def test_references_that_training_would_move_are_refused(task, base: Path) -> No
         DPO(policy, rows, reference=reference)
     plain = task.policy()
     with pytest.raises(ValueError, match="`reference` must stay as it is"):
-        PPO(plain, task.envs(4), reference=CausalLMPolicy(plain.model, plain.tokenizer, device=task.device))
+        DPO(plain, rows, reference=CausalLMPolicy(plain.model, plain.tokenizer, device=task.device))
 
 
 def test_what_is_made_from_a_reference_has_its_weights(task, base: Path) -> None:
