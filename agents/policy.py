@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from textgym.agents.common.acting import ActingState
 from textgym.agents.common.action_masks import ActionMasker, PolicyMask
-from textgym.agents.common.adapters import adds_nothing, is_adapter, save_outside, trained_outside
+from textgym.agents.common.adapters import adds_nothing, is_adapter, save_names, save_outside, trained_outside
 from textgym.agents.common.backbone import Backbone, without_peft
 from textgym.agents.common.devices import as_device
 from textgym.agents.common.generation import DecodeOptions, Generation
@@ -163,6 +163,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         with self.backbone.holding():
             self.model.save_pretrained(folder)
             if self.is_adapter:
+                save_names(self.model, Path(folder))
                 save_outside(self.model, Path(folder))
         self.tokenizer.save_pretrained(folder)
         write_end_ids(folder, self.tokenizer, self.eos_token_ids)

@@ -1,5 +1,6 @@
 """Adapters of peft: which parameters they train, what is trained besides, and whether they change their model's outputs yet."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from textgym.alignment import load_tensors
 
-OUTSIDE_FILE = "trained_outside_adapter.safetensors"
+OUTSIDE_FILE, NAMES_FILE = "trained_outside_adapter.safetensors", "adapters.json"
 
 
 def is_adapter(model: Any) -> bool:
@@ -75,6 +76,56 @@ def trained_outside(model: Any) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 
+def save_names(model: Any, folder: Path) -> None:
+    """Writes which adapters there are, which are active and what is trained, where that is not one adapter called "default".
+
+    Args:
+        model: a peft model.
+        folder: where its `save_pretrained` has just written; peft puts an adapter of another name into a folder of that name.
+    """
+    (folder / NAMES_FILE).unlink(missing_ok=True)
+    names = list(model.peft_config)
+    if names != ["default"]:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        document = {"adapters": names, "active": list(model.base_model.active_adapters), "trained": trained}
+        (folder / NAMES_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapters(folder: Path, **options: Any) -> Any:
+    """Returns the model that adapters in a folder belong to, with all of them on it, those active that were.
+
+    Args:
+        folder: what `save_pretrained` of a policy or of peft wrote.
+        **options: for `from_pretrained` of the model.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    if not (folder / NAMES_FILE).is_file():
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), is_trainable=True, **options)
+    document = json.loads((folder / NAMES_FILE).read_text(encoding="utf-8"))
+    first, *others = document["adapters"]
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(
+        str(adapter_folder(folder, first)), adapter_name=first, is_trainable=True, **options
+    )
+    for name in others:
+        model.load_adapter(str(adapter_folder(folder, name)), adapter_name=name, is_trainable=True)
+    if len(document["active"]) == 1:
+        model.set_adapter(document["active"][0])
+    else:
+        model.base_model.set_adapter(document["active"])
+    trained = set(document["trained"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model
+
+
+def adapter_folder(folder: Path, name: str = "") -> Path:
+    """Returns where an adapter lies in a folder of several; without a name, the first of them."""
+    if not name and (folder / NAMES_FILE).is_file():
+        name = json.loads((folder / NAMES_FILE).read_text(encoding="utf-8"))["adapters"][0]
+    return folder if name in ("", "default") else folder / name
+
+
 def save_outside(model: Any, folder: Path) -> None:
     """Writes beside an adapter what is trained outside of it and peft did not write, if there is any; of that a warning speaks.
 
@@ -83,10 +134,11 @@ def save_outside(model: Any, folder: Path) -> None:
         folder: where its `save_pretrained` has just written.
     """
     (folder / OUTSIDE_FILE).unlink(missing_ok=True)
-    if not (folder / "adapter_model.safetensors").is_file():
-        return
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        written = set(file.keys())
+    written: set[str] = set()
+    for path in (adapter_folder(folder, name) / "adapter_model.safetensors" for name in model.peft_config):
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                written |= set(file.keys())
     left = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_outside(model).items() if name not in written}
     if not left:
         return

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from textgym.agents.common.adapters import load_outside
+from textgym.agents.common.adapters import adapter_folder, load_adapters, load_outside
 from textgym.agents.common.precision import AUTO, CHECKPOINT, HALF, checked_dtype, stored_dtype
 from textgym.tokenizers import load_tokenizer
 
@@ -39,25 +39,28 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str, trust_rem
     name = os.fspath(path)
     dtype = checked_dtype(dtype)
     _check_source(name)
-    is_adapter = (Path(name) / ADAPTER_FILE).is_file()
-    loader: Any = AutoModelForCausalLM
+    is_adapter = (adapter_folder(Path(name)) / ADAPTER_FILE).is_file()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": Path(name).is_dir()}
     if is_adapter:
-        from peft import AutoPeftModelForCausalLM  # an extra: needed only for adapters
-
-        _check_base(name)
-        loader, options = AutoPeftModelForCausalLM, {"trust_remote_code": trust_remote_code, "is_trainable": True}
+        _check_base(adapter_folder(Path(name)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True) if trust_remote_code else load_tokenizer(name)
         # What lies frozen under an adapter takes no steps that could round away; the adapter itself is float32 (peft's own rule).
-        if dtype == AUTO and not is_adapter and lora is None:
-            model, widened = load_for_training(loader, name, **options)
+        plain, widened = AUTO if dtype == CHECKPOINT else dtype, None
+        model: Any
+        if is_adapter:
+            model = load_adapters(Path(name), dtype=plain, trust_remote_code=trust_remote_code)
+        elif dtype == AUTO and lora is None:
+            model, widened = load_for_training(AutoModelForCausalLM, name, **options)
         else:
-            model, widened = loader.from_pretrained(name, dtype=AUTO if dtype == CHECKPOINT else dtype, **options), None
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=plain, **options)
     except (OSError, ValueError) as error:
+        what = f"no causal language model with its tokenizer could be loaded from {name!r}"
+        if is_adapter:
+            what = f"the adapter in {name!r} belongs to the model {_base_of(adapter_folder(Path(name)))!r}, and the two could not be loaded"
         raise ValueError(
-            f"`path`: no causal language model with its tokenizer could be loaded from {name!r}; give a folder that holds both, or an id "
-            f"of the Hugging Face hub that can be reached from here. {str(error).strip().splitlines()[0]}"
+            f"`path`: {what}; give a folder that holds both, or an id of the Hugging Face hub that can be reached from here. "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error
     load_outside(model, Path(name))
     if lora is not None:
@@ -100,15 +103,20 @@ def _check_source(name: str) -> None:
         raise ValueError(f"`path`: there is no folder {name!r}; give one that `save_pretrained` wrote, or an id of the Hugging Face hub.")
 
 
-def _check_base(name: str) -> None:
+def _check_base(folder: Path) -> None:
     """The model that an adapter belongs to must be there."""
-    base = json.loads((Path(name) / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _base_of(folder)
     if not base or (_looks_like_path(base) and not Path(base).is_dir()):
         where = f"the folder {base!r}, which does not exist" if base else "a model that it does not name"
         raise ValueError(
-            f"`path`: {name!r} holds an adapter of {where}. Put that model there, or its place into `base_model_name_or_path` of "
+            f"`path`: {str(folder)!r} holds an adapter of {where}. Put that model there, or its place into `base_model_name_or_path` of "
             f"{ADAPTER_FILE}."
         )
+
+
+def _base_of(folder: Path) -> Any:
+    """Returns the place of the model that an adapter belongs to."""
+    return json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def _looks_like_path(name: str) -> bool:

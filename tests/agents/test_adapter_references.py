@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from textgym.agents import DPO, GRPO, PPO, CausalLMPolicy, RewardModel, ValueModel
 from textgym.agents.common.adapters import OUTSIDE_FILE, adds_nothing
@@ -157,3 +158,24 @@ def test_what_peft_does_not_save_is_said_and_saved(task, base: Path, tmp_path: P
 def test_when_an_adapter_adds_nothing(task, base: Path) -> None:
     nothing = {kind: adds_nothing(adapted(base, kind, task.device).model) for kind in KINDS}
     assert nothing == {kind: kind in ("fresh", "rows of the embedding") for kind in KINDS}
+
+
+@pytest.mark.parametrize("active", [["mine"], ["second"], ["mine", "second"], ["default"]])
+def test_adapters_of_other_names_and_several_of_them(task, base: Path, active: list[str], tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    first = "default" if active == ["default"] else "mine"
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name=first)
+    if active != ["mine"]:
+        model.add_adapter("second", config)
+    model.base_model.set_adapter(active)
+    policy, rows = CausalLMPolicy(model, task.tree.tokenizer(), device=task.device), pairs(task.tree)
+    agent = DPO(policy, rows, learning_rate=1e-2, n_epochs=8, seed=0)
+    assert agent.evaluate(rows)["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    agent.learn(12).save(tmp_path / "agent")
+    loaded = DPO.load(tmp_path / "agent", rows, device=task.device)
+    found, trained = ({name for name, p in one.policy.model.named_parameters() if p.requires_grad} for one in (loaded, agent))
+    assert found == trained and any(f".{active[-1]}." in name for name in trained)
+    for one in (agent, loaded):
+        one.learn(12, reset_num_timesteps=False)
+    assert torch.equal(weights(loaded), weights(agent))
+    assert loaded.evaluate(rows) == agent.evaluate(rows)
