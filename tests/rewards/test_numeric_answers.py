@@ -70,6 +70,9 @@ def reward():
         ("The answer is Tuesday 3.", "Tuesday 3", "Monday 3"),
         # the last number or mathematics
         ("48/2 = 24 clips. 48 + 24 = 72", 72, 48),
+        ("3 + 4 = 7, and y = 14", 14, 7),
+        ("3 + 4 = 7; 2 * 7 = 14", 14, 7),
+        ("3 + 4 = 7", 7, 3),
         ("She has $5 and then $3, in all $8.", 8, 5),
         ("so it is 1/2", 0.5, 2),
         (r"so it is \frac{1}{2}", 0.5, 2),

@@ -164,7 +164,7 @@ def train(
 
     dpo and kto learn from preferences instead, without sampling. Ends with reward and KL on held-out prompts before and after, sample texts
     side by side, and a run folder with the learning curves (PNG, TensorBoard, CSV), samples, the model and a checkpoint. Without options it
-    trains the bundled model, in about half a minute on a CPU core. Ctrl-C saves and says how to go on.
+    trains the bundled model, in about a minute on a CPU core. Ctrl-C saves and says how to go on.
     """
     with one_sentence_errors():
         if _did_something_else(context, algorithm.value, set_, resume):

@@ -36,7 +36,7 @@ def equal(request: Mapping[str, Any]) -> bool:
     gold, found = (value(request[side], seconds) for side in ("gold", "found"))
     if gold is None or found is None:
         return False
-    if verify(gold, found, timeout_seconds=seconds):
+    if verify(gold, found, allow_set_relation_comp=True, timeout_seconds=seconds):
         return True
     if request["tolerance"] == "0":
         return False

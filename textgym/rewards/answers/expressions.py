@@ -23,7 +23,7 @@ _WORD = re.compile(
 )
 _LONGEST_EXPRESSION = 1000  # characters
 _UNIT = re.compile(
-    r"(?<=[\d})])\s+(?:(?:square|cubic|sq\.?)\s+)?(?:units?|degrees|radians|[ckm]m|inches|feet|ft|cents|dollars)(?:\^\{\d\})?$"
+    r"(?:(?<=[\d})])|(?<=\\pi))\s+(?:(?:square|cubic|sq\.?)\s+)?(?:units?|degrees|radians|[ckm]m|inches|feet|ft|cents|dollars)(?:\^\{\d\})?$"
 )
 _PI = re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])")
 _NO_CURRENCY = str.maketrans("", "", CURRENCY)

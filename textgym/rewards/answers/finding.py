@@ -46,6 +46,7 @@ _QUANTITY = re.compile(
     rf"(?:[ ](?:to|and|or|through|until|\\times|[-+*/^])[ ]{{1,2}}{_AMOUNT})*",
     re.IGNORECASE,
 )
+_STEPS = re.compile(r"=[^=]*(?:[,;]|\b(?:and|so)\b)[^=]*=")  # 3 + 4 = 7, so y = 14
 _LETTERS = re.compile(r"[A-Za-z](?:\s*[,;]\s*[A-Za-z])*")
 
 
@@ -91,7 +92,7 @@ def find_answer(text: str) -> FoundAnswer:
 
 
 def _last_quantity(text: str) -> FoundAnswer:
-    if "\n" not in text and is_answer(text):
+    if "\n" not in text and is_answer(text) and not _STEPS.search(text):
         return FoundAnswer(text, text)
     return FoundAnswer(next(reversed(_quantities(text)), text), text)
 

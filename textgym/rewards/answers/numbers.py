@@ -157,11 +157,13 @@ def _read_behind(text: str) -> tuple[int, bool, str] | None:
 
 def _unit(words: list[str]) -> str:
     """The short form of a known unit that is the first word and not a part of a longer one; otherwise nothing."""
-    known = _UNITS.get(words[0]) or _UNITS.get(words[0].removesuffix("s"))
-    return known if known and words[1:2] not in (["per"], ["squared"], ["cubed"]) else ""
+    name = words[0].partition("^")[0]
+    known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
+    compound = words[1:2] in (["per"], ["squared"], ["cubed"])
+    return known + words[0].removeprefix(name) if known and not compound else ""
 
 
 def _is_product(words: list[str], unit: str, apart: bool) -> bool:
-    """Whether a letter or two behind a number are rather its factors, as in `2x`, `3xy` or `2 x`."""
-    letters = len(words[0]) if len(words) == 1 else 3
+    """Whether a letter or two behind a number are rather its factors, as in `2x`, `3xy`, `3R^2` or `2 x`."""
+    letters = len(words[0].partition("^")[0]) if len(words) == 1 else 3
     return (letters == 1 and not (apart and unit)) or (letters == 2 and not (apart or unit))
