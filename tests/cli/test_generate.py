@@ -58,3 +58,10 @@ def test_prompts_from_standard_input(textgym, capsys, monkeypatch) -> None:
 def test_max_new_tokens(textgym, capsys) -> None:
     assert textgym("generate", "the film was", "--max-new-tokens", "2", "--json", "--num-generations", "20", "--device", "cpu") == 0
     assert {len(json.loads(line)["completion_ids"]) for line in lines(capsys)} == {2}
+
+
+def test_the_precision_is_said_and_taken(textgym, capsys) -> None:
+    assert textgym("generate", "the plot", "--device", "cpu", "--dtype", "bfloat16", "--autocast", "none") == 0
+    assert "(0.2 M parameters, bfloat16, on cpu)" in capsys.readouterr().err
+    assert textgym("generate", "the plot", "--device", "cpu", "--autocast", "bfloat16") == 0
+    assert "(0.2 M parameters, float32, computed in bfloat16, on cpu)" in capsys.readouterr().err

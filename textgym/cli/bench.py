@@ -25,7 +25,7 @@ class BenchSettings:
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    autocast: str | None = None
+    autocast: str = "auto"
     batch_size: int = 64
     prompt_tokens: int = 16
     max_new_tokens: int = 32
@@ -43,7 +43,7 @@ def bench(
     ] = None,
     device: Device = DEFAULTS.device,
     dtype: Dtype = DEFAULTS.dtype,
-    autocast: Autocast = None,
+    autocast: Autocast = "auto",
     batch_size: Annotated[
         int,
         typer.Option(

@@ -41,7 +41,7 @@ class EvaluateSettings:
     out: Path | None
     force: bool
     dtype: str
-    autocast: str | None
+    autocast: str
 
 
 def evaluate(
@@ -126,7 +126,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of sampling, the same for both sides, and of the intervals.", rich_help_panel=SAMPLING)] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    autocast: Autocast = None,
+    autocast: Autocast = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for report.json, report.md and samples.jsonl.", show_default="none is written", rich_help_panel=RUN),

@@ -37,7 +37,7 @@ class GenerateSettings:
     device: str
     json_lines: bool
     dtype: str = "auto"
-    autocast: str | None = None
+    autocast: str = "auto"
 
 
 def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | None) -> None:

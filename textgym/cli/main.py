@@ -63,7 +63,7 @@ def generate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    autocast: Autocast = None,
+    autocast: Autocast = "auto",
     num_generations: NumGenerations = 1,
     max_new_tokens: MaxNewTokens = 32,
     temperature: Annotated[

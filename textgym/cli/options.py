@@ -27,12 +27,16 @@ Model: TypeAlias = Annotated[
 ]
 Dtype: TypeAlias = Annotated[
     str,
-    typer.Option(help="Of the weights: auto, float32, bfloat16 or float16; see docs/command_line.md.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Of the weights: auto (float32 for half-precision checkpoints), checkpoint (as they are), float32, bfloat16 or float16.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Autocast: TypeAlias = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Compute in bfloat16 or float16, whatever the weights are.", show_default="in the dtype of the weights", rich_help_panel=MODEL
+        help="Of matrix products: bfloat16, float16, none (as the weights), or auto (bfloat16 where that is the checkpoint's and fast).",
+        rich_help_panel=MODEL,
     ),
 ]
 RewardWeight: TypeAlias = Annotated[

@@ -10,7 +10,8 @@ from textgym.cli.algorithms import ALGORITHMS, OTHER_LEARNING_RATE, SFT
 from textgym.cli.errors import UserError
 from textgym.cli.schedules import Number, told
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
+AUTOCASTS = ("auto", "none", "bfloat16", "float16")
 _PATHS = ("model", "reference", "prompts", "eval_prompts", "examples", "held_out")
 
 
@@ -47,7 +48,7 @@ class TrainSettings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    autocast: str | None = None
+    autocast: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,12 +142,11 @@ class TrainSettings:
         return cls(**{**document, "reward": tuple(document["reward"]), "reward_weights": None if weights is None else tuple(weights)})
 
 
-def check_precision(dtype: str, autocast: str | None) -> None:
+def check_precision(dtype: str, autocast: str) -> None:
     """Raises a `UserError` unless `--dtype` and `--autocast` are among what there is."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}.")
-    if autocast is not None and autocast not in DTYPES[2:]:
-        raise UserError(f"--autocast must be one of {', '.join(DTYPES[2:])}, not {autocast}.")
+    for name, value, known in (("--dtype", dtype, DTYPES), ("--autocast", autocast, AUTOCASTS)):
+        if value not in known:
+            raise UserError(f"{name} must be one of {', '.join(known)}, not {value}.")
 
 
 def option(name: str) -> str:

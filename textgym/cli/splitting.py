@@ -81,6 +81,7 @@ def split_rows(rows: Sequence[Row], key: Callable[[Row], str], seed: int, cure: 
         groups.setdefault(key(row), []).append(row)
     if len(groups) < 2:
         has = "one row" if len(rows) == 1 else f"{len(rows):,} rows of one prompt"
+        has += f" (others, {left_out:,}, are left out)" if left_out else ""
         raise UserError(f"{cure.partition(':')[0]} holds {has}, so no prompt can be held out:{cure.partition(':')[2]}")
     names = list(groups)
     rng = random.Random(seed)

@@ -107,7 +107,7 @@ def train(
     ] = None,
     device: Device = DEFAULTS.device,
     dtype: Dtype = DEFAULTS.dtype,
-    autocast: Autocast = None,
+    autocast: Autocast = "auto",
     temperature: Annotated[
         float, typer.Option(help="Of sampling, in training and measuring.", rich_help_panel=SAMPLING)
     ] = DEFAULTS.temperature,
@@ -257,7 +257,7 @@ def sft(
     model: Model = None,
     device: Device = DEFAULTS.device,
     dtype: Dtype = DEFAULTS.dtype,
-    autocast: Autocast = None,
+    autocast: Autocast = "auto",
     temperature: Annotated[
         float, typer.Option(help="Of the distribution that is trained and sampled.", rich_help_panel=SAMPLING)
     ] = DEFAULTS.temperature,

@@ -162,12 +162,12 @@ class Precision:
     """`--dtype` and `--autocast`."""
 
     dtype: str = "auto"
-    autocast: str | None = None
+    autocast: str = "auto"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What `CausalLMPolicy.from_pretrained` is told."""
-        return {"dtype": self.dtype, **({} if self.autocast is None else {"autocast": self.autocast})}
+        return {"dtype": self.dtype, "autocast": None if self.autocast == "none" else self.autocast}
 
 
 def load_policy(name: str, path: str, device: str, temperature: float = 1.0, precision: Precision | None = None) -> "CausalLMPolicy":
