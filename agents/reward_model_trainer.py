@@ -56,7 +56,7 @@ class RewardModelTrainer(OfflineLearner):
             classifier. Markings need one output per category, of its name; segments a per-token model.
         feedback: a list of records of `textgym.feedback` or of dicts, the path of a .jsonl or .jsonl.gz file, a `datasets.Dataset`, or what
             `read_feedback` returned. None where `connect` gives it later. Comments, and records whose answers are all the same tokens, are
-            left out; `examples.left_out` counts them.
+            left out; `examples.left_out` counts them. If all records are of that kind they stay, with a warning.
         learning_rate: a number or an SB3 schedule of the progress remaining, 1 at the first step.
         n_epochs: passes over the feedback. One is usual: with more, reward models learn their comparisons by heart.
         batch_size: records per optimiser step, at most.
@@ -115,10 +115,16 @@ class RewardModelTrainer(OfflineLearner):
     # -- feedback ---------------------------------------------------------------------------------------------------
 
     def connect(self, source: Any) -> None:
-        """Takes feedback; see `OfflineLearner.connect`. Feedback of nothing but ties is warned of: it teaches that all is equally good."""
+        """Takes feedback; see `OfflineLearner.connect`. Feedback that teaches nothing, or only that all is equally good, is warned of."""
         super().connect(source)
         assert self.examples is not None
-        if all(entry.is_tie for entry in self.examples.entries):
+        if all(entry.same_answers for entry in self.examples.entries):
+            warnings.warn(
+                f"`feedback` holds {len(self.examples)} records, and the answers of each are the same tokens for this model's tokenizer: "
+                "nothing can be learned from them.",
+                stacklevel=2,
+            )
+        elif all(entry.is_tie for entry in self.examples.entries):
             warnings.warn(
                 f"`feedback` holds {len(self.examples)} records, all of them ties: from these a reward model learns that answers are "
                 "equally good, and nothing else.",
@@ -131,12 +137,8 @@ class RewardModelTrainer(OfflineLearner):
             return source
         records = read_feedback(source).records
         entries = self._entries(records)
-        different = [number for number, entry in entries.items() if not entry.same_answers]
-        if not different:
-            raise ValueError(
-                f"`feedback` must compare answers that differ, but those of each of its {len(entries)} records are the same tokens for "
-                "this model's tokenizer: nothing can be learned from them."
-            )
+        # Where nothing else is there they stay, so that a loop whose policy says one thing only goes on; `connect` warns.
+        different = [number for number, entry in entries.items() if not entry.same_answers] or list(entries)
         kept = [number for number in different if self.max_tokens is None or entries[number].longest <= self.max_tokens]
         if not kept:
             shortest = min(entries[number].longest for number in different)

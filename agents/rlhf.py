@@ -25,7 +25,7 @@ from stable_baselines3.common.logger import Logger
 
 from textgym import agents
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.rlhf_steps import fit_reward_model, sample_pairs
+from textgym.agents.common.rlhf_steps import fit_reward_model, readable_prompts, sample_pairs
 from textgym.agents.common.scored_completions import PromptRows
 from textgym.agents.online import OnlineAgent
 from textgym.agents.policy import CausalLMPolicy
@@ -57,7 +57,8 @@ class Round:
     Attributes:
         number: from 1.
         comparisons: in D, those of earlier rounds included.
-        reward_model: how good the reward model is on held-out comparisons, `RewardModelReport.to_dict()`.
+        reward_model: how good the reward model is on held-out comparisons, `RewardModelReport.to_dict()` (nothing of it where it could not
+            be measured, but `not_measured`, why); and `training`, the comparisons that it learned from and those that were left out.
         timesteps: generated tokens of RL so far.
     """
 
@@ -114,7 +115,8 @@ class RLHF:
 
     Args:
         policy: where to start; it is not changed, `RLHF.policy` is what comes out.
-        prompts: to sample from and to train on, in any form that an environment takes.
+        prompts: to sample from and to train on, in any form that an environment takes. Those that with `max_new_tokens` are longer than
+            the `max_tokens` of `reward_model_options` are left out; without that, one longer than the model reads is an error.
         annotator: who compares pairs of completions. None asks outside: `run` writes the pairs, stops with `FeedbackNeeded`, and goes on
             when it is called again after `textgym label` (or anything else) has written the comparisons.
         folder: where everything lies. One that an interrupted run left is gone on with.
@@ -136,6 +138,7 @@ class RLHF:
     Attributes:
         agent: who learns; None before `run`. Its `reference` is π_ref.
         rounds: the rounds that are done.
+        num_left_out: prompts that were left out.
 
     Raises:
         ValueError: an argument breaks one of the rules above, or `folder` holds a run with other settings.
@@ -171,7 +174,8 @@ class RLHF:
         for name, value in {**counts, "checkpoint_interval": checkpoint_interval}.items():
             check_count(name, value, _UNITS.get(name, "tokens"))
         self.agent_class = _online_agent(algorithm)
-        self.prompts = PromptRows.read(prompts)
+        max_tokens = dict(reward_model_options or {}).get("max_tokens")
+        self.prompts, self.num_left_out = readable_prompts(PromptRows.read(prompts), policy, max_new_tokens, max_tokens)
         self.start, self.annotator, self.demonstrations, self.feedback = policy, annotator, demonstrations, feedback
         self.num_pairs, self.timesteps_per_round, self.max_new_tokens = num_pairs, timesteps_per_round, max_new_tokens
         self.num_envs, self.checkpoint_interval, self.seed = num_envs, checkpoint_interval, seed
@@ -244,7 +248,7 @@ class RLHF:
             folder = self._round(number)
             folder.mkdir(exist_ok=True)
             announce(f"Round {number} of {rounds}: comparing completions")
-            self.ask(number)
+            self.ask(number, progress_bar)
             comparisons = self.comparisons(number)
             announce(f"Round {number} of {rounds}: fitting the reward model to {len(comparisons):,} comparisons")
             report = self.fit(number, comparisons, progress_bar)
@@ -272,7 +276,7 @@ class RLHF:
     def _load(self, folder: Path) -> CausalLMPolicy:
         return CausalLMPolicy.from_pretrained(folder, device=self.start.device, **self.start.loading_arguments())
 
-    def ask(self, number: int) -> None:
+    def ask(self, number: int, progress_bar: bool = False) -> None:
         """Gets the comparisons of a round, unless they are there: from the feedback given, or of fresh samples of the policy."""
         answers, questions = self._round(number) / "comparisons.jsonl", self._round(number) / "pairs.jsonl"
         if answers.exists():
@@ -281,7 +285,7 @@ class RLHF:
             _write_comparisons(answers, read_feedback(self.feedback).records)
             return
         if not questions.exists():
-            pairs = sample_pairs(self.policy, self.prompts, self.num_pairs, self.max_new_tokens, self.seed + number)
+            pairs = sample_pairs(self.policy, self.prompts, self.num_pairs, self.max_new_tokens, self.seed + number, progress_bar)
             _replace(questions, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         if self.annotator is None:
             raise FeedbackNeeded(
@@ -315,11 +319,10 @@ class RLHF:
         reference, folder = self.agent.reference, self._round(number) / "reward-model"
         if not (folder / "report.json").exists():
             options = self.reward_model_options
-            model, report = fit_reward_model(
-                reference, comparisons, self.prompts, self.max_new_tokens, self.seed + number, options, progress_bar
-            )
-            model.save_pretrained(folder)
-            _write(folder / "report.json", {} if report is None else report.to_dict())
+            fitted = fit_reward_model(reference, comparisons, self.prompts, self.max_new_tokens, self.seed + number, options, progress_bar)
+            fitted.model.save_pretrained(folder)
+            numbers = {"not_measured": fitted.not_measured} if fitted.report is None else fitted.report.to_dict()
+            _write(folder / "report.json", {**numbers, "training": fitted.training})
         self.reward.model = RewardModel.from_pretrained(folder, device=reference.device)
         worth: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return worth

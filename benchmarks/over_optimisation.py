@@ -103,7 +103,7 @@ def fit(seed: int, work: Path) -> list[dict[str, Any]]:
         elif pairs == PAIRS:
             model = prepared.reward_model()
         else:
-            model, _ = fit_reward_model(policy, comparisons[:pairs], prompts, NEW_TOKENS, seed, REWARD_MODEL)
+            model = fit_reward_model(policy, comparisons[:pairs], prompts, NEW_TOKENS, seed, REWARD_MODEL).model
         model.save_pretrained(amount.reward_model_folder)
         report = RewardModelTrainer(model, None).evaluate(held_out)
         found.append({"seed": seed, "pairs": pairs, **report.to_dict()})

@@ -159,7 +159,7 @@ def prepare(seed: int, work: Path) -> dict[str, Any]:
     sides = [[pair["completions"][place] for pair in pairs] for place in (0, 1)]
     comparisons = annotator.compare([pair["prompt"] for pair in pairs], *sides)
     write_feedback(prepared.folder / "comparisons.jsonl", comparisons)
-    model, report = fit_reward_model(policy, comparisons, prompts, NEW_TOKENS, seed, REWARD_MODEL)
+    model, report, *_ = fit_reward_model(policy, comparisons, prompts, NEW_TOKENS, seed, REWARD_MODEL)
     model.save_pretrained(prepared.folder / "reward-model")
     assert report is not None
     return {"seed": seed, **report.to_dict()}

@@ -400,8 +400,10 @@ def test_what_is_left_out_is_counted(policy) -> None:
     assert report.num_records == 2 and report.left_out == {"too_long": 2, "same_answers": 6, "comments": 1}
     assert "2 longer than `max_tokens`, 6 whose answers are the same tokens, 1 comments" in str(report)
     assert report.to_dict()["left_out"]["too_long"] == 2
-    with pytest.raises(ValueError, match="compare answers that differ, but those of each of its 3 records are the same tokens"):
-        RewardModelTrainer(model, same)
+    with pytest.warns(UserWarning, match="`feedback` holds 3 records, and the answers of each are the same tokens"):
+        alike = RewardModelTrainer(model, same, seed=0)
+    report = alike.learn().evaluate(good)
+    assert report.num_records == 2 and alike.evaluate(same).accuracy.mean == 0.5
     with pytest.raises(ValueError, match="at least one record with a `weight` above 0"):
         RewardModelTrainer(model, [Comparison(PROMPT, "a", "b", weight=0.0)])
 

@@ -234,3 +234,24 @@ def test_mistakes_end_in_one_sentence(arguments: str, sentence: str) -> None:
     done = label(*arguments.split())
     assert done.exit_code == 2 and sentence in " ".join(done.output.split()), done.output
     assert done.output.count("\n") == 1 and not Path("labels.jsonl").exists()
+
+
+def test_a_reward_that_reads_tokens_is_given_some(save_model) -> None:
+    rows = [{"prompt": "x", "completions": ["a film", "a film that was very good"]}, {"prompt": "y", "completions": ["bad bad bad", "bad"]}]
+    write("pairs.jsonl", rows)
+    done = label("pairs.jsonl", "--by", "length")
+    assert done.exit_code == 0, done.output
+    assert [one.chosen for one in labels()] == ["a film that was very good", "bad bad bad"]
+    save_model("characters", 0)
+    write("pairs.jsonl", [{"prompt": "x", "completions": ["good good", "a b c d"]}])
+    for tokens_of, longer in ((["--tokenizer", "characters"], "good good"), ([], "a b c d")):
+        done = label("pairs.jsonl", "--by", "length", *tokens_of, "--out", f"{len(tokens_of)}.jsonl")
+        assert done.exit_code == 0 and labels(f"{len(tokens_of)}.jsonl")[0].chosen == longer
+    assert "--tokenizer belongs to --by" in label("pairs.jsonl", "--tokenizer", "characters").output
+
+
+def test_pairs_that_are_left_out_are_counted() -> None:
+    write("pairs.jsonl", [{"prompt": "x", "completions": ["a", "b", "b"]}, {"prompt": "x", "completions": ["b", "a"]}])
+    done = label("pairs.jsonl", "--by", "length?unit=characters")
+    assert "left out: 1 pairs of equal texts" in done.output and "left out: 2 pairs that are there already" in done.output
+    assert len(labels()) == 1

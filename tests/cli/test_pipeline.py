@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from textgym.cli.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from textgym.cli.algorithms import ALGORITHMS, Algorithm, OnlineAlgorithm
+from textgym.cli.errors import EXIT_USER_ERROR, EXIT_WAITING
 
 SMALL = ["--pairs", "12", "--total-timesteps", "100", "--num-envs", "8", "--max-new-tokens", "6"]
 
@@ -41,7 +42,7 @@ def test_more_rounds_are_the_same_as_all_at_once(textgym: Any) -> None:
 
 
 def test_somebody_labels_by_hand(textgym: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert textgym("pipeline", *SMALL, "--annotator", "by-hand", "--out", "run") == EXIT_INTERRUPTED
+    assert textgym("pipeline", *SMALL, "--annotator", "by-hand", "--out", "run") == EXIT_WAITING == 75
     output = " ".join(capsys.readouterr().out.split())
     assert "textgym label run/round-1/pairs.jsonl --out run/round-1/comparisons.jsonl" in output
     assert "textgym pipeline --resume run" in output
@@ -62,7 +63,7 @@ def test_feedback_that_is_there(textgym: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--algorithm", "dpo"], "--algorithm must be one that samples, not dpo"),
+        (["--algorithm", "dpo"], "'dpo' is not one of 'ppo', 'reinforce'"),
         (["--pairs", "0"], "--pairs must be at least 1, not 0"),
         (["--annotator-temperature", "-1"], "--annotator-temperature must be 0 or above"),
         (["--annotator", "nothing-like-it"], "--annotator 'nothing-like-it' is no reward. It takes"),
@@ -93,3 +94,54 @@ def test_a_finished_run_says_so(textgym: Any, capsys: pytest.CaptureFixture[str]
     assert textgym("pipeline", *SMALL, "--out", "run") == 0
     assert textgym("pipeline", "--resume", "run") == EXIT_USER_ERROR
     assert "its 1 round is done; to go on, give more --rounds" in capsys.readouterr().err
+
+
+def test_what_it_offers_is_what_it_can_do(textgym: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(OnlineAlgorithm) == [one for one in Algorithm if not ALGORITHMS[one].offline]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert textgym("pipeline", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "dpo" not in shown and "kto" not in shown and "exit code 75" in " ".join(shown.split())
+
+
+@pytest.fixture
+def long_prompts(textgym: Any) -> str:
+    """Twenty prompts, of which five are longer than what the bundled model can read."""
+    rows = [{"prompt": "the film was" + " really good." * (200 if i % 4 == 0 else 1) + f" {i}"} for i in range(20)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "prompts.jsonl"
+
+
+def test_prompts_that_are_too_long_are_refused_at_once_or_left_out_and_counted(
+    textgym: Any, long_prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ["pipeline", *SMALL, "--prompts", long_prompts, "--eval-prompts", long_prompts, "--out", "run"]
+    assert textgym(*command) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "--eval-prompts: 5 of 20" in error and "--set-reward-model max_tokens=" in error
+    command[-1] = "other"
+    assert textgym(*command, "--set-reward-model", "max_tokens=60", "--rounds", "2") == 0
+    shown = capsys.readouterr().out
+    assert "Left out: 5 of 20 prompts, with their completions longer than max_tokens=60" in shown
+    assert "Left out: 5 of 20 held-out prompts" in shown and "…" not in shown
+    report = json.loads(Path("other/report.json").read_text())
+    assert report["left_out_prompts"] == 5
+    training = report["rounds"][1]["reward_model"]["training"]
+    assert training["records"] + sum(training["left_out"].values()) + report["rounds"][1]["reward_model"].get("num_records", 0) <= 24
+
+
+def test_comparisons_that_are_too_long_are_counted(textgym: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"the film was {i}", "chosen": " good." * (1 if i % 3 else 300), "rejected": " bad.", "id": i} for i in range(30)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert textgym("pipeline", *SMALL, "--feedback", "mine.jsonl", "--set-reward-model", "max_tokens=60", "--out", "run") == 0
+    assert "of the comparisons trained on left out:" in capsys.readouterr().out
+    worth = json.loads(Path("run/report.json").read_text())["rounds"][0]["reward_model"]
+    left_out = worth["training"]["left_out"]["too_long"] + worth.get("left_out", {}).get("too_long", 0)
+    assert left_out == 10 or worth["not_measured"].startswith("none of the")
+
+
+def test_a_reward_that_reads_tokens_compares(textgym: Any) -> None:
+    assert textgym("pipeline", *SMALL, "--annotator", "length", "--annotator-temperature", "0", "--out", "run") == 0
+    pairs = [json.loads(line) for line in Path("run/round-1/comparisons.jsonl").read_text().splitlines()]
+    assert all(len(one["chosen"].split()) + 1 >= len(one["rejected"].split()) for one in pairs)

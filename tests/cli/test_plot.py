@@ -62,3 +62,24 @@ def test_curves_begin_with_what_was_measured_before_training(run) -> None:
     before = folder.read_summary()["before"]
     assert rows[0]["time/total_timesteps"] == 0.0 and rows[0]["eval/reward_mean"] == before["reward"]
     assert rows[1:] == folder.read_metrics()
+
+
+def test_runs_of_reward_models_have_their_own_panels(textgym, run, monkeypatch, capsys) -> None:
+    import matplotlib.figure
+
+    from textgym.feedback import Comparison, write_feedback
+
+    titles: list[str] = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda figure, path, **_: titles.extend(axes.get_title() for axes in figure.axes)
+    )
+    write_feedback("feedback.jsonl", [Comparison(f"the film was {i}", " good.", " bad.") for i in range(20)])
+    command = ["reward", "--feedback", "feedback.jsonl", "--batch-size", "4", "--no-normalise", "--device", "cpu", "--out"]
+    assert textgym(*command, "first") == 0
+    shutil.copytree("first", "second")
+    titles.clear()
+    assert textgym("plot", "first", "second") == 0
+    assert [title.partition(":")[0] for title in titles] == ["loss", "accuracy", "margin"]
+    assert not any("implicit" in title for title in titles)
+    assert textgym("plot", "first", "run") == 2
+    assert "first is a run of textgym reward" in capsys.readouterr().err

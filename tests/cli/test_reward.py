@@ -271,12 +271,12 @@ def test_ties_only(textgym, capsys, monkeypatch) -> None:
     ranks = [Ranking(f"the plot {i} was", (" good.", " fine."), (1, 1)) for i in range(20)]
     write_feedback("ties.jsonl", ranks)
     assert textgym("reward", "--feedback", "ties.jsonl", *QUICK) == 0
-    shown = capsys.readouterr().out
-    assert "textgym: --feedback holds 18 records, all of them ties" in shown and "decides nothing: all of it is ties" in shown
+    shown, warned = capsys.readouterr()
+    assert "textgym: --feedback holds 18 records, all of them ties" in warned and "decides nothing: all of it is ties" in shown
     assert report()["after"]["accuracy"]["mean"] is None and "…" not in shown
     write_feedback("same.jsonl", [Comparison(f"the plot {i} was", " good.", " good.") for i in range(20)])
     assert textgym("reward", "--feedback", "same.jsonl", *QUICK, "--force") == 2
-    assert "answers that differ" in capsys.readouterr().err
+    assert "--feedback compares answers that are the same tokens for this model, in every record" in capsys.readouterr().err
 
 
 def test_comments_of_label_are_no_obstacle(textgym, feedback: str, capsys) -> None:

@@ -1,5 +1,6 @@
 """The algorithms of `textgym train` and `textgym sft`: their classes, and what suits the bundled model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -17,6 +18,18 @@ class Algorithm(StrEnum):
     DQN = "dqn"
     DPO = "dpo"
     KTO = "kto"
+
+
+class OnlineAlgorithm(StrEnum):
+    """Those of them that learn from their own samples."""
+
+    PPO = "ppo"
+    REINFORCE = "reinforce"
+    RLOO = "rloo"
+    GRPO = "grpo"
+    REBEL = "rebel"
+    NLPO = "nlpo"
+    DQN = "dqn"
 
 
 @dataclass(frozen=True)
@@ -62,16 +75,16 @@ def agent_class(algorithm: str) -> Any:
     return getattr(agents, ALGORITHMS[algorithm].class_name)
 
 
-def learning_rates() -> str:
+def learning_rates(algorithms: Iterable[StrEnum] = Algorithm) -> str:
     """Returns the default learning rates in words, for `--help`."""
-    bundled = ", ".join(f"{algorithm.value} {ALGORITHMS[algorithm].learning_rate:g}" for algorithm in Algorithm)
+    bundled = ", ".join(f"{algorithm.value} {ALGORITHMS[algorithm].learning_rate:g}" for algorithm in algorithms)
     return f"bundled model: {bundled}; any other: {OTHER_LEARNING_RATE:g}"
 
 
-def betas() -> str:
+def betas(algorithms: Iterable[StrEnum] = Algorithm) -> str:
     """Returns the default β in words, for `--help`."""
     usual = Defaults("", 0.0).beta
-    found = {algorithm.value: ALGORITHMS[algorithm].beta for algorithm in Algorithm}
+    found = {algorithm.value: ALGORITHMS[algorithm].beta for algorithm in algorithms}
     return "; ".join([f"{usual:g}", *(f"{name} {beta:g}" for name, beta in found.items() if beta != usual)])
 
 

@@ -13,6 +13,7 @@ import typer
 from textgym.cli.translating import translated, vocabulary_of
 
 EXIT_USER_ERROR = 2
+EXIT_WAITING = 75  # somebody else has to do something first, then the command goes on: EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 

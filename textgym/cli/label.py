@@ -35,6 +35,13 @@ def label(
         str | None,
         typer.Option(help="A reward labels instead of a person, in any form of textgym train --reward."),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or id of a model whose tokens --by is given, where it reads tokens, as length does.",
+            show_default="the first --model, else the bundled model",
+        ),
+    ] = None,
     annotator_temperature: Annotated[
         float, typer.Option(help="Of --by, in reward: the better text wins with probability σ(difference / this); 0: always.")
     ] = 0.0,
@@ -53,10 +60,12 @@ def label(
     """Say which of two texts is better, and make feedback of it that reward models and DPO learn from.
 
     Shows a prompt and two texts and asks: a, b, tie, skip, comment, or quit. Every answer is appended to --out at once, so nothing is lost
-    by quitting; the same command goes on with what is not labelled yet. A comment is kept as a line of its own. Without options it shows
-    pairs of the bundled model.
+    by quitting; the same command goes on with what is not labelled yet. A comment is kept as a line of its own, which whatever learns from
+    the file passes over and counts. Without options it shows pairs of the bundled model.
     """
     with one_sentence_errors():
+        if tokenizer is not None and by is None:
+            raise UserError("--tokenizer belongs to --by: give a reward that labels.")
         _check(pairs, out, model, prompts, num_pairs, by, by_judge, annotator_temperature)
         from textgym.cli import labelling
 
@@ -67,7 +76,8 @@ def label(
             found = labelling.generated_pairs(out, model or [], prompts, sampling)
         left = labelling.not_labelled(found[:num_pairs], out)
         if by is not None:
-            labels = labelling.label_by_reward(left, out, by, annotator_temperature, seed)
+            tokens_of = labelling.load_tokenizer_option(tokenizer, model or [])
+            labels = labelling.label_by_reward(left, out, by, tokens_of, annotator_temperature, seed)
         elif by_judge is not None:
             labels = labelling.label_by_judge(left, out, by_judge)
         else:

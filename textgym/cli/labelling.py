@@ -87,6 +87,7 @@ def _key(prompt: Text, *texts: Text) -> str:
 def read_pairs(path: Path) -> list[Pair]:
     """Reads a file of prompts with two or more answers: all pairs of each row, but those of equal texts, each pair once."""
     found: dict[str, Pair] = {}
+    same = again = 0
     for line in iterate_json_lines(path, "pairs"):
         where = f"line {line.number} of {str(path)!r}"
         if line.problem is not None:
@@ -97,10 +98,15 @@ def read_pairs(path: Path) -> list[Pair]:
         columns = {name: value for name, value in line.row.items() if name not in _OWN_COLUMNS | {"weight", "form", "generated"}}
         for first, second in combinations(answers, 2):
             pair = Pair(prompt, first, second, columns)
+            same += first == second
+            again += first != second and pair.key in found
             if first != second:
                 found.setdefault(pair.key, pair)
     if not found:
         raise UserError(f"{str(path)!r} holds no two different texts that could be compared.")
+    for count, reason in ((same, "pairs of equal texts"), (again, "pairs that are there already")):
+        if count:
+            Console(stderr=True).print(f"textgym: left out: {count:,} {reason}", highlight=False, markup=False, soft_wrap=True)
     return list(found.values())
 
 
@@ -210,9 +216,21 @@ def finish(labels: Iterator[int], asked: int, out: Path) -> None:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def label_by_reward(pairs: Sequence[Pair], out: Path, spec: str, temperature: float, seed: int) -> Iterator[int]:
-    """Labels pairs by a reward, many at once; `temperature` as of `SyntheticAnnotator`."""
-    annotator = SyntheticAnnotator(load_reward_option("--by", spec), temperature=temperature)
+def load_tokenizer_option(given: str | None, models: Sequence[str]) -> Any:
+    """Returns the tokenizer of `--tokenizer`, else of the first `--model`, else of the bundled model."""
+    from textgym.bundled import bundled_model_path
+    from textgym.tokenizers import load_tokenizer
+
+    path = given or (_model(models[0]) if models else str(bundled_model_path()))
+    try:
+        return load_tokenizer(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{'--tokenizer' if given else '--model'}: {one_line(error)}") from error
+
+
+def label_by_reward(pairs: Sequence[Pair], out: Path, spec: str, tokenizer: Any, temperature: float, seed: int) -> Iterator[int]:
+    """Labels pairs by a reward, many at once; `tokenizer` and `temperature` as of `SyntheticAnnotator`."""
+    annotator = SyntheticAnnotator(load_reward_option("--by", spec), tokenizer=tokenizer, temperature=temperature)
     for start in _progress(range(0, len(pairs), AT_ONCE), "labelling"):
         part = pairs[start : start + AT_ONCE]
         prompts, first, second = ([getattr(pair, side) for pair in part] for side in ("prompt", "first", "second"))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from textgym.bundled import bundled_model_path, bundled_prompts
-from textgym.cli.algorithms import ALGORITHMS, Algorithm, agent_class, betas, learning_rates
-from textgym.cli.errors import EXIT_INTERRUPTED, UserError, one_line, one_sentence_errors
+from textgym.cli.algorithms import ALGORITHMS, OnlineAlgorithm, agent_class, betas, learning_rates
+from textgym.cli.errors import EXIT_INTERRUPTED, EXIT_WAITING, UserError, one_line, one_sentence_errors
+from textgym.cli.feedback_files import FeedbackReading
 from textgym.cli.options import Device, MaxNewTokens, Model, NumEnvs, Seed, out_option, set_option
 from textgym.cli.run_folder import RunFolder, new_path, write_json
 from textgym.cli.settings import TrainSettings, option, parse_options, was_given
@@ -19,7 +20,7 @@ from textgym.errors import FeedbackNeeded
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from textgym.agents.rlhf import RLHF, Round
+    from textgym.agents.rlhf import RLHF
 
 DEFAULTS = TrainSettings("rloo")
 BY_HAND = "by-hand"
@@ -79,8 +80,8 @@ class PipelineSettings:
 def pipeline(
     context: typer.Context,
     algorithm: Annotated[
-        Algorithm, typer.Option(help="What learns from the reward model: an online algorithm.", metavar="NAME")
-    ] = Algorithm.RLOO,
+        OnlineAlgorithm, typer.Option(help=f"{', '.join(OnlineAlgorithm)}.", metavar="ALGORITHM", show_choices=False)
+    ] = OnlineAlgorithm.RLOO,
     model: Model = None,
     prompts: Annotated[str | None, typer.Option(help="Prompts: .jsonl or .jsonl.gz with a column prompt.", show_default="bundled")] = None,
     eval_prompts: Annotated[
@@ -109,15 +110,22 @@ def pipeline(
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often to ask, fit and improve: 1 is the pipeline, more the loop.")] = 1,
     pairs: Annotated[int, typer.Option(help="Pairs to compare in each round.")] = 2_000,
-    beta: Annotated[float | None, typer.Option(help="Weight of the KL penalty, reward per nat.", show_default=betas())] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the algorithm.", show_default=learning_rates())] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Weight of the KL penalty, reward per nat.", show_default=betas(OnlineAlgorithm))
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the algorithm.", show_default=learning_rates(OnlineAlgorithm))] = None,
     total_timesteps: Annotated[int, typer.Option(help="Generated tokens of the algorithm in each round.")] = 60_000,
     num_envs: NumEnvs = DEFAULTS.num_envs,
     max_new_tokens: MaxNewTokens = DEFAULTS.max_new_tokens,
     set_: Annotated[list[str] | None, set_option("Any other argument of the algorithm; repeatable.")] = None,
     set_reward_model: Annotated[
         list[str] | None,
-        typer.Option("--set-reward-model", metavar="NAME=VALUE", help="Any argument of RewardModelTrainer; repeatable."),
+        typer.Option(
+            "--set-reward-model",
+            metavar="NAME=VALUE",
+            help="Any argument of RewardModelTrainer; repeatable. max_tokens=N leaves out comparisons, and prompts with --max-new-tokens, "
+            "that are longer.",
+        ),
     ] = None,
     seed: Seed = DEFAULTS.seed,
     device: Device = DEFAULTS.device,
@@ -129,7 +137,8 @@ def pipeline(
     """Learn from feedback, from beginning to end: SFT, comparisons, a reward model, reinforcement learning, a report.
 
     With --rounds the last three are repeated: what the policy has come to write is compared, the reward model learns from all comparisons,
-    training goes on. Ends with a comparison against the model before training on held-out prompts. Without options everything is bundled.
+    training goes on. Where somebody has to compare, the command says what to do and ends with exit code 75. Ends with a comparison against
+    the model before training on held-out prompts. Without options everything is bundled.
     """
     with one_sentence_errors():
         if resume is not None:
@@ -176,10 +185,6 @@ def _check(settings: PipelineSettings) -> None:
             raise UserError(f"{option(name)} must be at least 1, not {getattr(settings, name)}.")
     if not 0 <= settings.annotator_temperature < float("inf"):
         raise UserError(f"--annotator-temperature must be 0 or above, not {settings.annotator_temperature}.")
-    if ALGORITHMS[settings.algorithm].offline:
-        raise UserError(
-            f"--algorithm must be one that samples, not {settings.algorithm}: textgym train {settings.algorithm} learns from files."
-        )
     from textgym.agents import RewardModelTrainer
     from textgym.cli.arguments import check_options
 
@@ -211,6 +216,7 @@ def run(settings: PipelineSettings, folder: Path) -> None:
     from rich.console import Console
 
     from textgym.cli.interrupts import BetweenIterations, StopRequest, TrainingStopped
+    from textgym.cli.warned import said_warnings
     from textgym.cli.workplace import limit_threads, quiet_transformers
 
     write_json(folder / CONFIG, {"settings": asdict(settings)})
@@ -222,12 +228,12 @@ def run(settings: PipelineSettings, folder: Path) -> None:
         done = f"{len(rlhf.rounds)} round{'s are' if len(rlhf.rounds) > 1 else ' is'} done"
         raise UserError(f"--resume {folder}: its {done}; to go on, give more --rounds.")
     try:
-        with StopRequest() as request, closing(RunFolder(folder).logger()) as rlhf.logger:
+        with StopRequest() as request, said_warnings(), closing(RunFolder(folder).logger()) as rlhf.logger:
             between = BetweenIterations(request, rlhf.save, CHECKPOINT_INTERVAL)
             rlhf.run(settings.rounds, callback=[between], progress_bar=True, announce=lambda text: console.print(text, style="dim"))
     except FeedbackNeeded as needed:
         console.print(f"{needed}\nThen go on with:\n  textgym pipeline --resume {folder}", highlight=False, soft_wrap=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(EXIT_WAITING) from None
     except (KeyboardInterrupt, TrainingStopped):
         if rlhf.agent is not None and rlhf.agent.num_timesteps:
             rlhf.save()
@@ -258,13 +264,15 @@ def _make(settings: PipelineSettings, folder: Path) -> "tuple[RLHF, list[dict[st
     demonstrations: Any = settings.demonstrations
     if demonstrations is None and settings.model is None:
         demonstrations = [{"prompt": row["prompt"], "completion": row["reference"]} for row in bundled_prompts("train")]
+    max_tokens = settings.reward_model_options.get("max_tokens")
+    held_out = _readable("--eval-prompts" if settings.eval_prompts else "--prompts, its held-out part", held_out, policy, settings)
     rlhf = RLHF(
         policy,
         prompts,
-        _annotator(settings),
+        _annotator(settings, policy.tokenizer),
         folder,
         demonstrations=demonstrations,
-        feedback=settings.feedback,
+        feedback=None if settings.feedback is None else FeedbackReading().read("--feedback", settings.feedback),
         algorithm=ALGORITHMS[settings.algorithm].class_name,
         num_pairs=settings.pairs,
         timesteps_per_round=settings.total_timesteps,
@@ -275,8 +283,26 @@ def _make(settings: PipelineSettings, folder: Path) -> "tuple[RLHF, list[dict[st
         sft_options=BUNDLED_SFT if settings.model is None else None,
         seed=settings.seed,
     )
+    if rlhf.num_left_out:
+        print(f"Left out: {rlhf.num_left_out:,} of {len(prompts):,} prompts, with their completions longer than max_tokens={max_tokens}")
     rlhf.agent_options["evaluation"] = _evaluation(rlhf, held_out, settings)
     return rlhf, held_out
+
+
+def _readable(name: str, prompts: list[dict[str, Any]], policy: Any, settings: PipelineSettings) -> list[dict[str, Any]]:
+    """Returns the held-out prompts that the reward model can read with their completions; how many it cannot is said."""
+    from textgym.agents.common.rlhf_steps import readable_prompts
+    from textgym.agents.common.scored_completions import PromptRows
+
+    max_tokens = settings.reward_model_options.get("max_tokens")
+    try:
+        kept, left_out = readable_prompts(PromptRows.read(prompts), policy, settings.max_new_tokens, max_tokens)
+    except ValueError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+    if not left_out:
+        return prompts
+    print(f"Left out: {left_out:,} of {len(prompts):,} held-out prompts, with their completions longer than max_tokens={max_tokens}")
+    return kept.as_rows()
 
 
 def _evaluation(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: PipelineSettings) -> Any:
@@ -302,52 +328,43 @@ def _evaluation(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: Pipeline
     return MeasuredEvaluation(envs, None if gold is None else TRUE, interval, None, None)
 
 
-def _annotator(settings: PipelineSettings) -> Any:
-    """Returns who compares; None for somebody outside."""
+def _annotator(settings: PipelineSettings, tokenizer: Any) -> Any:
+    """Returns who compares; None for somebody outside. Rewards that read tokens get those of `tokenizer`."""
     if settings.annotator in (None, BY_HAND):
         return None
     from textgym.cli.workplace import load_reward_option
     from textgym.feedback import SyntheticAnnotator
 
     reward = load_reward_option("--annotator", settings.annotator)
-    return SyntheticAnnotator(reward, temperature=settings.annotator_temperature, seed=settings.seed)
+    return SyntheticAnnotator(reward, tokenizer=tokenizer, temperature=settings.annotator_temperature, seed=settings.seed)
 
 
 def _finish(rlhf: "RLHF", held_out: list[dict[str, Any]], settings: PipelineSettings, console: "Console") -> None:
     """Compares the policy with the reference on held-out prompts, prints and writes it."""
     from textgym.agents import compare_policies
+    from textgym.cli.bars import bar
     from textgym.cli.comparison_report import print_comparison, write_comparison
+    from textgym.cli.report import print_rounds
 
     assert rlhf.agent is not None
     rlhf.policy.save_pretrained(rlhf.folder / "model")
     gold = getattr(rlhf.annotator, "reward", None)
-    report = compare_policies(
-        rlhf.policy,
-        held_out,
-        rlhf.agent.reference,
-        reward=rlhf.reward,
-        true_reward=gold,
-        reference=rlhf.agent.reference,
-        max_new_tokens=settings.max_new_tokens,
-        num_generations=GENERATIONS,
-        seed=settings.seed,
-        names=("after", "before"),
-    )
+    with bar(console, "comparing with before", 2 * len(held_out)) as advance:
+        report = compare_policies(
+            rlhf.policy,
+            held_out,
+            rlhf.agent.reference,
+            reward=rlhf.reward,
+            true_reward=gold,
+            reference=rlhf.agent.reference,
+            max_new_tokens=settings.max_new_tokens,
+            num_generations=GENERATIONS,
+            seed=settings.seed,
+            names=("after", "before"),
+            on_batch=advance,
+        )
     print_rounds(rlhf.rounds, console)
     print_comparison(console, report)
-    write_comparison(rlhf.folder, report, {"rounds": [asdict(one) for one in rlhf.rounds]})
+    further = {"rounds": [asdict(one) for one in rlhf.rounds], "left_out_prompts": rlhf.num_left_out}
+    write_comparison(rlhf.folder, report, further)
     console.print(f"Run folder: {rlhf.folder}", style="bold", highlight=False, soft_wrap=True)
-
-
-def print_rounds(rounds: "list[Round]", console: "Console") -> None:
-    """Prints what each round came to."""
-    from rich.table import Table
-
-    table = Table(title="Rounds")
-    for name in ("round", "comparisons", "reward model's accuracy", "length alone", "timesteps"):
-        table.add_column(name, justify="right")
-    for one in rounds:
-        report = one.reward_model
-        shown = [f"{report[name]['mean']:.1%}" if name in report else "" for name in ("accuracy", "length_accuracy")]
-        table.add_row(str(one.number), f"{one.comparisons:,}", *shown, f"{one.timesteps:,}")
-    console.print(table)

@@ -61,7 +61,7 @@ def plot_curves(rows: Rows, path: Path, title: str, panels: Sequence[Panel] = PA
             axes.plot(*series(rows, panel.training), color="C0", alpha=0.6, label="trained on")
         axes.plot(*series(rows, panel.held_out), "o-", color="C1", markersize=3, label="held out")
         axes.set_title(panel.title)
-        axes.set_xlabel("tokens")
+        _token_axis(axes)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
@@ -77,18 +77,19 @@ def over_root_kl(rows: Rows, metric: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_runs(runs: Sequence[tuple[str, Rows]], path: Path) -> None:
+def plot_runs(runs: Sequence[tuple[str, Rows]], path: Path, drawn: Sequence[Panel] = PANELS) -> None:
     """Draws several runs into one picture: each held-out metric over tokens, and the rewards over √KL; panels without data are left out.
 
     Args:
         runs: the name of each run and its logged metrics.
         path: the PNG to write.
+        drawn: what to draw.
 
     Raises:
         ValueError: no run has a held-out metric.
     """
-    tokens = [(panel.title, "tokens", [series(rows, panel.held_out) for _, rows in runs]) for panel in PANELS]
-    rewards = [panel for panel in PANELS if panel.held_out in REWARDS]
+    tokens = [(panel.title, "tokens", [series(rows, panel.held_out) for _, rows in runs]) for panel in drawn]
+    rewards = [panel for panel in drawn if panel.held_out in REWARDS]
     root_kl = [(panel.title, "√KL to the reference", [over_root_kl(rows, panel.held_out) for _, rows in runs]) for panel in rewards]
     panels = [panel for panel in (*tokens, *root_kl) if any(x for x, _ in panel[2])]
     if not panels:
@@ -102,10 +103,21 @@ def plot_runs(runs: Sequence[tuple[str, Rows]], path: Path) -> None:
             # Ten colours, then the same ones dashed: every run has one look in all panels, also where it has no data.
             axes.plot(x, y, "o-" if place < 10 else "o--", color=f"C{place % 10}", markersize=3)
         axes.set_title(title)
-        axes.set_xlabel(label)
+        if label == "tokens":
+            _token_axis(axes)
+        else:
+            axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     figure.legend(figure.axes[0].get_lines(), [name for name, _ in runs], loc="outside lower center", ncols=min(len(runs), 6))
     figure.savefig(path, dpi=110)
+
+
+def _token_axis(axes: Any) -> None:
+    """Labels an axis of tokens, in thousands and millions: longer numbers run into each other."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _figure(columns: int, lines: int = 1) -> Any:

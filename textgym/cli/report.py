@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from textgym.cli.errors import told
 from textgym.cli.measuring import Measurement, text_of
 from textgym.cli.run_folder import RunFolder
 from textgym.cli.shortening import prompt_cells, shortened
+from textgym.evaluation.reward_model_report import left_out_in_words
+
+if TYPE_CHECKING:
+    from textgym.agents.rlhf import Round
 
 SHOWN_SAMPLES = 6
 _TEXT_WIDTH = 60  # of each of the two columns in samples.txt
@@ -35,9 +40,9 @@ def _cell(measurement: Measurement, name: str, form: str) -> str:
 def numbers_table(before: Measurement, after: Measurement) -> Table:
     """Returns the means before and after training."""
     table = Table(title="On held-out prompts")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    table.add_column("", overflow="fold")
+    table.add_column("before", justify="right", overflow="fold")
+    table.add_column("after", justify="right", overflow="fold")
     for name, label, form in _ROWS:
         if getattr(before, name) is not None:
             table.add_row(label, _cell(before, name, form), _cell(after, name, form))
@@ -47,8 +52,8 @@ def numbers_table(before: Measurement, after: Measurement) -> Table:
 def samples_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], width: int = 80) -> Table:
     """Returns the first samples side by side, for a terminal `width` columns wide: prompts dimmed and shortened, rewards below."""
     table = Table(title="The same prompts before and after", show_lines=True)
-    table.add_column("before", ratio=1)
-    table.add_column("after", ratio=1)
+    table.add_column("before", ratio=1, overflow="fold")
+    table.add_column("after", ratio=1, overflow="fold")
     for pair in zip(before[:SHOWN_SAMPLES], after[:SHOWN_SAMPLES], strict=True):
         prompts = [escape(shortened(text_of(row["prompt"]), prompt_cells(width))) for row in pair]
         table.add_row(*(f"[dim]{prompt}[/dim]{escape(row['completion'])}{_scores(row)}" for prompt, row in zip(prompts, pair, strict=True)))
@@ -92,3 +97,31 @@ def print_report(console: Console, folder: RunFolder, numbers: Table, samples: T
     for path, note in contents:
         if path.exists():
             console.print(f"  {path.name:<14} {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_rounds(rounds: "Sequence[Round]", console: Console) -> None:
+    """Prints what each round came to, and what of the comparisons was left out."""
+    table = Table(title="Rounds")
+    for name in ("round", "comparisons", "reward model's accuracy", "length alone", "timesteps"):
+        table.add_column(name, justify="right", overflow="fold")
+    notes = []
+    for one in rounds:
+        report = one.reward_model
+        shown = [_share(report.get(name)) for name in ("accuracy", "length_accuracy")]
+        table.add_row(str(one.number), f"{one.comparisons:,}", *shown, f"{one.timesteps:,}")
+        sides = (("trained on", report.get("training", {})), ("held out", report))
+        notes += [
+            f"round {one.number}: of the comparisons {side} left out: {words.replace('`', '')}"
+            for side, numbers in sides
+            if (words := left_out_in_words(numbers.get("left_out", {})))
+        ]
+        if report.get("not_measured"):
+            notes.append(f"round {one.number}: the reward model was not measured: {told(report['not_measured'])}")
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _share(estimate: dict[str, Any] | None) -> str:
+    """Returns a share in per cent; "-" where nothing was decided or measured."""
+    return "-" if estimate is None or estimate["mean"] is None else f"{estimate['mean']:.1%}"

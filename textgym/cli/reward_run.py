@@ -2,7 +2,6 @@
 
 import json
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from textgym.agents.reward_model_trainer import RewardModelTrainer
 from textgym.bundled import bundled_model_path
 from textgym.cli.algorithms import REWARD
 from textgym.cli.arguments import check_options
-from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line, told
+from textgym.cli.errors import EXIT_INTERRUPTED, UserError, fail, one_line
 from textgym.cli.plots import REWARD_MODEL_PANELS, plot_curves, plot_reliability
 from textgym.cli.reward import RewardSettings
 from textgym.cli.reward_feedback import (
@@ -35,6 +34,7 @@ from textgym.cli.reward_feedback import (
 from textgym.cli.reward_report import PER_TOKEN_FILE, category_table, next_commands, numbers_table, write_per_token_rewards
 from textgym.cli.run_folder import RunFolder, write_json
 from textgym.cli.training import Training
+from textgym.cli.warned import said_warnings
 from textgym.cli.workplace import check_device, quiet_transformers, unknown_options
 from textgym.evaluation import RewardModelReport
 from textgym.feedback import Marking
@@ -74,9 +74,11 @@ class RewardRun(Training):
         model = load_reward_model(settings, [*parts.train, *parts.held_out])
         falling = LinearSchedule(settings.step_size, 0.0, 1.0)
         sizes: dict[str, Any] = {"n_epochs": settings.passes, "batch_size": settings.batch_size}
-        with unknown_options(), _said_warnings():
+        with unknown_options(), said_warnings():
             trainer = RewardModelTrainer(model, parts.train, falling, seed=settings.seed, **sizes, **settings.options)
         assert trainer.examples is not None
+        if all(entry.same_answers for entry in trainer.examples.entries):
+            raise UserError("--feedback compares answers that are the same tokens for this model, in every record: nothing can be learned.")
         held_out = read_held_out(trainer, parts)
         texts = normalisation_texts(settings, parts.train, trainer)
         found = counts(parts, trainer.examples, held_out)
@@ -96,7 +98,7 @@ class RewardRun(Training):
         """Goes on with the run in `folder`."""
         parts = load_feedback(settings)
         evaluation = _evaluation(settings, 1, parts.held_out, folder)
-        with _said_warnings():
+        with said_warnings():
             trainer = RewardModelTrainer.load(folder.checkpoint, parts.train, device=check_device(settings.device), evaluation=evaluation)
         evaluation.interval = settings.eval_interval or _interval(trainer)
         held_out, texts = read_held_out(trainer, parts), normalisation_texts(settings, parts.train, trainer)
@@ -224,16 +226,6 @@ class RewardRun(Training):
         self.console.print("To train a policy by it:", highlight=False)
         for command in next_commands(self.trainer.reward_model, self.folder.model, self.settings):
             self.console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _said_warnings() -> Iterator[None]:
-    """Prints what the trainer warns of as lines of the command line's own."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for one in caught:
-        print(f"textgym: {told(str(one.message))}")
 
 
 def load_reward_model(settings: RewardSettings, records: Records) -> RewardModel:

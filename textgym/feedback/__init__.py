@@ -3,7 +3,7 @@
 Nothing here loads torch when imported.
 """
 
-from textgym.feedback.annotator import SyntheticAnnotator, sample_segment_pairs
+from textgym.feedback.annotator import SyntheticAnnotator
 from textgym.feedback.conversion import Converted, convert
 from textgym.feedback.converting import (
     comparison_to_judgements,
@@ -45,6 +45,7 @@ from textgym.feedback.records import (
     Span,
 )
 from textgym.feedback.rows import record_to_row
+from textgym.feedback.segment_pairs import sample_segment_pairs
 from textgym.feedback.writing import write_feedback
 
 __all__ = [

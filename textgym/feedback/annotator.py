@@ -25,6 +25,7 @@ import numpy as np
 
 from textgym.feedback.judging import comparison
 from textgym.feedback.records import Comparison, Judgement, Judgements, Label, Ranking, Segment, SegmentPair, Text
+from textgym.prompts import encode_plain
 from textgym.rewards.calling import Float64Array
 from textgym.rewards.episodes import completion_text
 from textgym.rewards.texts import score_texts
@@ -65,6 +66,8 @@ class SyntheticAnnotator:
     Args:
         reward: r, anything that `RewardSet.build` takes; it scores whole completions from their texts. None where only segments are
             compared.
+        tokenizer: a transformers tokenizer, for rewards that read `completion_ids`: what they get are its tokens of the answers. None:
+            such a reward is an error.
         temperature: T, in reward: how often the worse answer wins. 0 always takes the better one.
         label_noise: ε in [0, ½], the probability that a verdict is the opposite of what was meant (a ranking: reversed; no tie is touched).
         length_bias: b, reward per word (`str.split`) of an answer, per token of a segment.
@@ -82,6 +85,7 @@ class SyntheticAnnotator:
         self,
         reward: Any,
         *,
+        tokenizer: Any = None,
         temperature: float = 1.0,
         label_noise: float = 0.0,
         length_bias: float = 0.0,
@@ -89,7 +93,7 @@ class SyntheticAnnotator:
         tie_threshold: float | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        self.reward = reward
+        self.reward, self.tokenizer = reward, tokenizer
         self.options = _Options(temperature, label_noise, length_bias, intransitivity, tie_threshold)
         self.seed = seed
         self.generator = np.random.default_rng(seed)
@@ -104,8 +108,10 @@ class SyntheticAnnotator:
         """
         if self.reward is None:
             raise ValueError("`reward` must be given to judge texts, got None; without one only segments can be compared.")
-        words = np.array([len(completion_text(one).split()) for one in completions], dtype=np.float64)
-        return score_texts(self.reward, prompts, completions, **columns) + self.options.length_bias * words
+        texts = [completion_text(one) for one in completions]
+        words = np.array([len(text.split()) for text in texts], dtype=np.float64)
+        ids = None if self.tokenizer is None else encode_plain(self.tokenizer, texts)
+        return score_texts(self.reward, prompts, completions, ids, **columns) + self.options.length_bias * words
 
     # -- pairs ------------------------------------------------------------------------------------------------------
 
@@ -329,56 +335,6 @@ class SyntheticAnnotator:
         straight = np.array([utility(first) - utility(second) for first, second in pairs], dtype=np.float64)
         first_angles, second_angles = (self._angles([key(pair[place]) for pair in pairs]) for place in (0, 1))
         return np.asarray(straight + self._cycle(first_angles, second_angles))
-
-
-def sample_segment_pairs(
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    num_pairs: int,
-    *,
-    max_length: int | None = None,
-    seed: int = 0,
-) -> list[tuple[Segment, Segment]]:
-    """Draws pairs of segments of equal length, with arbitrary starts, from completions.
-
-    Each pair has a length that is drawn evenly from 1 to `max_length`, and two different segments drawn evenly from all of that length:
-    single tokens are among them, without which only sums of rewards could be told apart (per-token rewards are identified up to a
-    constant by segments of equal length with arbitrary starts).
-
-    Args:
-        prompt_ids: N prompts.
-        completion_ids: their completions.
-        num_pairs: how many pairs.
-        max_length: longest segment, in tokens; at most, and by default, the longest of which there are two.
-        seed: of the draws.
-
-    Raises:
-        ValueError: there are not two segments to be had.
-    """
-    if len(prompt_ids) != len(completion_ids):
-        raise ValueError(f"`prompt_ids` must hold one prompt per completion: {len(completion_ids)} completions, {len(prompt_ids)} prompts.")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"`max_length` must be at least 1 token, got {max_length}.")
-    sizes = np.array([len(ids) for ids in completion_ids], dtype=np.int64)
-    longest = int(sizes.max(initial=0))
-    starts = {length: np.cumsum(np.maximum(sizes - length + 1, 0)) for length in range(1, min(longest, max_length or longest) + 1)}
-    lengths = [length for length, ends in starts.items() if ends[-1] >= 2]
-    if not lengths:
-        raise ValueError("`completion_ids` must hold at least two tokens altogether, to make two segments of.")
-    generator = np.random.default_rng(seed)
-
-    def segment(length: int, number: int) -> Segment:
-        ends = starts[length]
-        row = int(np.searchsorted(ends, number, side="right"))
-        start = number - (int(ends[row - 1]) if row else 0)
-        prompt, completion = (tuple(int(token) for token in ids[row]) for ids in (prompt_ids, completion_ids))
-        return Segment(prompt, completion[: start + length], start, start + length)
-
-    found = []
-    for length in generator.choice(lengths, size=num_pairs).tolist():
-        first, second = generator.choice(int(starts[length][-1]), size=2, replace=False).tolist()
-        found.append((segment(length, first), segment(length, second)))
-    return found
 
 
 def _sigmoid(values: Float64Array, temperature: float) -> Float64Array:
