@@ -325,7 +325,8 @@ class Agent(BaseAlgorithm):
         """Writes a folder from which `load` continues exactly: safetensors and JSON, nothing pickled.
 
         Args:
-            path: the folder; an older checkpoint there is replaced only after the new one is complete.
+            path: the folder; an older checkpoint there is replaced only after the new one is complete. A name that ends in `.zip`, which
+                Stable-Baselines3's `CheckpointCallback` gives, is taken without it.
             exclude: not supported; here for SB3's signature.
             include: not supported; here for SB3's signature.
         """
@@ -340,12 +341,12 @@ class Agent(BaseAlgorithm):
         """Reads a folder written by `save`.
 
         Args:
-            path: the folder.
+            path: the folder, with or without `.zip`.
             env: what to go on learning from, as in the constructor: the environment, or the examples of an offline agent.
             device: of the loaded models; "auto" is the GPU if there is one.
             **changes: constructor arguments that shall differ from the saved ones (needed for those that are functions).
 
         Raises:
-            ValueError: `env` is missing, or the folder holds no checkpoint of this class.
+            ValueError: `env` is missing, the path is a file's, or the folder holds no checkpoint of this class.
         """
         return checkpoint.load_agent(cls, Path(path), env, device, changes)

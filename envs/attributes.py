@@ -1,16 +1,53 @@
 """What users and agents read off a text environment: the same attributes on the single and on the vector environment."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from textgym.envs.task import TextTask
 from textgym.prompts import PromptSet
 from textgym.rewards.compose import RewardSet
+from textgym.types import BoolArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TextSpec(EnvSpec):
+    """A specification whose `to_json` says which arguments cannot be written, and what to give instead."""
+
+    def to_json(self) -> str:
+        """Returns the specification as JSON.
+
+        Raises:
+            ValueError: an argument is an object in memory.
+        """
+        cures = [f"`{name}` as {_AS_JSON.get(name, 'plain JSON')}" for name, value in self.kwargs.items() if not _is_json(value)]
+        if cures:
+            raise ValueError(
+                "an environment can be written as JSON when its arguments can: this one has objects in memory. "
+                f"Make it with {', '.join(cures)}."
+            )
+        return super().to_json()
+
+
+_AS_JSON = {
+    "prompts": "the path of a .jsonl file",
+    "tokenizer": "the folder or id of a tokenizer",
+    "reward": "the name of a reward, 'module:function' or the folder of a classifier",
+}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class TaskAttributes:
@@ -27,8 +64,17 @@ class TaskAttributes:
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
         if spec is not None:
+            spec = TextSpec(**{field.name: getattr(spec, field.name) for field in fields(spec) if field.init})
             spec.kwargs = self._task.shared_arguments(spec.kwargs)
         self._spec = spec
+
+    def action_masks(self) -> BoolArray:
+        """Returns which actions are legal, (V,) bool, of a vector environment (num_envs, V): all of them.
+
+        sb3-contrib's `MaskablePPO` asks for this; a wrapper that forbids tokens has a method of the same name.
+        """
+        rows = getattr(self, "num_envs", None)
+        return np.ones(self.vocab_size if rows is None else (rows, self.vocab_size), dtype=np.bool_)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

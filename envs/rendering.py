@@ -1,14 +1,25 @@
-"""How an episode looks as text: whole (`row_frame`) or typed out as it grows (`Typewriter`)."""
+"""How an episode looks as text: whole (`row_frame`), typed out as it grows (`Typewriter`), or as a picture (`row_picture`)."""
 
+import functools
 import sys
 import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
 
 from textgym.envs.core import EpisodeRows
 from textgym.errors import EpisodeEndedError
 from textgym.prompts import PromptText
 from textgym.tokenizers import UNFINISHED
 
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
 _WIDTH = 100
+_LINES, _FONT_SIZE = 24, 14  # of a picture; the size of the letters in pixels
 _PROMPT, _TEXT, _STATUS = " prompt | ", "   text > ", "        = "
 
 
@@ -19,6 +30,34 @@ def row_frame(rows: EpisodeRows, row: int) -> str:
     batch = rows.batch([row])
     lines = [*_block(_PROMPT, prompt_text(batch.prompts[0])), *_block(_TEXT, batch.texts[0])]
     return "\n".join([*lines, _STATUS + _status(rows, row)])
+
+
+def render_row(rows: EpisodeRows, row: int, mode: str | None) -> Any:
+    """Returns what `render` of an environment returns for a row: a text, a picture, or None where it was printed."""
+    if mode is None:
+        gym.logger.warn('`render` needs a render mode; make the environment with `render_mode="ansi"`, "human" or "rgb_array".')
+    return {"ansi": row_frame, "rgb_array": row_picture}[mode](rows, row) if mode in ("ansi", "rgb_array") else None
+
+
+def row_picture(rows: EpisodeRows, row: int) -> npt.NDArray[np.uint8]:
+    """Returns `row_frame` as a picture of fixed size, (height, width, 3) uint8; of a long episode the last lines."""
+    from PIL import Image, ImageDraw
+
+    lines = row_frame(rows, row).split("\n")
+    font = _font()
+    width, height = round(font.getlength("m" * _WIDTH)), sum(font.getmetrics())
+    picture = Image.new("RGB", (width + 2 * height, (_LINES + 2) * height), "white")
+    ImageDraw.Draw(picture).multiline_text((height, height), "\n".join(lines[-_LINES:]), "black", font, spacing=0)
+    return np.asarray(picture, dtype=np.uint8).copy()
+
+
+@functools.cache
+def _font() -> "ImageFont.FreeTypeFont":
+    """The monospaced font that matplotlib brings; loaded with the first picture."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), _FONT_SIZE)
 
 
 def prompt_text(prompt: PromptText) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from textgym.envs.attributes import TaskAttributes
 from textgym.envs.core import EpisodeRows, Phase
 from textgym.envs.options import check_options, check_render_mode, check_seed
-from textgym.envs.rendering import Typewriter, row_frame
+from textgym.envs.rendering import Typewriter, render_row
 from textgym.envs.task import build_task
 from textgym.errors import EpisodeEndedError
 from textgym.prompts import Prompt
@@ -83,7 +83,8 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
       `generation_config.json` beside it (`textgym.end_tokens`).
     - `truncate_prompts`: keep the last `max_prompt_tokens` tokens of a longer prompt, of the set or of `options`. By default such a prompt
       is an error.
-    - `render_mode`: `"ansi"` (`render()` returns the episode as text) or `"human"` (it is printed as it grows).
+    - `render_mode`: `"ansi"` (`render()` returns the episode as text), `"human"` (it is printed as it grows) or `"rgb_array"` (`render()`
+      returns a picture of that text, always of one size, for videos).
 
     Every bad argument is a `ValueError` that says what to do.
 
@@ -92,7 +93,7 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": ["ansi", "human"],
+        "render_modes": ["ansi", "human", "rgb_array"],
         "render_fps": 30,
     }
 
@@ -227,10 +228,6 @@ class TextGenEnv(TaskAttributes, gym.Env[Observation, np.int64]):
             info |= outcome.infos()[0]
         return reward, info
 
-    def render(self) -> str | None:
-        """Returns the episode so far as text in mode "ansi"; in mode "human" it was printed already."""
-        if self.render_mode is None:
-            gym.logger.warn('`render` needs a render mode; make the environment with `render_mode="ansi"` or "human".')
-        if self.render_mode != "ansi":
-            return None
-        return row_frame(self._rows, 0)
+    def render(self) -> Any:
+        """Returns the episode so far as text in mode "ansi", as a picture in mode "rgb_array"; in mode "human" it was printed already."""
+        return render_row(self._rows, 0, self.render_mode)

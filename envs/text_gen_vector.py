@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import seeding
@@ -15,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from textgym.envs.attributes import TaskAttributes
 from textgym.envs.core import EpisodeRows, Phase
 from textgym.envs.options import check_autoreset_mode, check_mask, check_options, check_render_mode, check_seeds
-from textgym.envs.rendering import row_frame
+from textgym.envs.rendering import render_row, row_frame
 from textgym.envs.sequences import start_sequences
 from textgym.envs.task import build_task, check_count
 from textgym.envs.vector_infos import InfoBuilder
@@ -79,14 +78,15 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
     - `num_envs`: the number of rows. Default: 1.
     - `autoreset_mode`: an `AutoresetMode` or its value. Default: `NEXT_STEP`.
     - `max_episode_steps`: steps until a row is truncated. Default: no limit.
-    - `render_mode`: `"ansi"` (`render()` returns a text per row) or `"human"` (each episode is printed when it ends).
+    - `render_mode`: `"ansi"` (`render()` returns a text per row), `"human"` (each episode is printed when it ends) or `"rgb_array"` (a
+      picture per row).
 
     ## Version History
     - v0: first version.
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": ["ansi", "human"],
+        "render_modes": ["ansi", "human", "rgb_array"],
         "render_fps": 30,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
@@ -251,6 +251,7 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros((2, self.num_envs), dtype=np.bool_)
         infos = InfoBuilder(self.num_envs)
+        infos.add_numbers("prompt_index", _NO_ROWS, _NO_ROWS)  # there at every step, as some clients need keys to be; masked
         if len(beginning):
             self._begin(beginning, infos)
         if len(acting):
@@ -379,13 +380,12 @@ class TextGenVectorEnv(TaskAttributes, VectorEnv[Observation, IntArray, Array]):
             self._print(np.flatnonzero(started.result().terminated))
         return started
 
-    def render(self) -> tuple[str, ...] | None:
-        """Returns the episode of each row so far as text in mode "ansi"; in mode "human" each was printed when it ended."""
-        if self.render_mode is None:
-            gym.logger.warn('`render` needs a render mode; make the environment with `render_mode="ansi"` or "human".')
-        if self.render_mode != "ansi":
+    def render(self) -> tuple[Any, ...] | None:
+        """Returns the episode of each row so far, as text in mode "ansi", as a picture in mode "rgb_array"; see `TextGenEnv.render`."""
+        if self.render_mode in (None, "human"):
+            render_row(self._rows, 0, self.render_mode)
             return None
-        return tuple(row_frame(self._rows, row) for row in range(self.num_envs))
+        return tuple(render_row(self._rows, row, self.render_mode) for row in range(self.num_envs))
 
     def _print(self, ended: IntArray) -> None:
         """Prints the episodes of the rows `ended` in mode "human"."""

@@ -257,8 +257,9 @@ class StableBaselinesVecEnv(VecEnv):
         return [environments is not None and is_wrapped(environments[i], wrapper_class) for i in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[npt.NDArray[Any] | None]:
-        """Returns no images: texts are rendered as text."""
-        return [None] * self.num_envs
+        """Returns a picture of each row in render mode "rgb_array"; otherwise none: texts are rendered as text."""
+        pictures: Any = self.vector_env.render() if self.render_mode == "rgb_array" else None
+        return [None] * self.num_envs if pictures is None else list(pictures)
 
     def _owner(self, name: str) -> Any:
         """The outermost batched layer that has the attribute `name`."""

@@ -35,7 +35,11 @@ AgentT = TypeVar("AgentT", bound="Agent")
 
 
 def save_agent(agent: "Agent", path: Path) -> None:
-    """Writes `agent` to the folder `path`; what is there is replaced only when all of the new checkpoint is on the disk."""
+    """Writes `agent` to the folder `path`; what is there is replaced only when all of the new checkpoint is on the disk.
+
+    Stable-Baselines3's callbacks name zip files; a folder is not called one.
+    """
+    path = path.with_suffix("") if path.suffix == ".zip" else path
     path.mkdir(parents=True, exist_ok=True)
     fresh = path / ".saving"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -150,6 +154,7 @@ def load_agent(cls: type[AgentT], path: Path, env: Any, device: torch.device | s
     Raises:
         ValueError: there is no checkpoint, it is another class's, or an argument that has to be given again is missing.
     """
+    path = _folder(path)
     document = _read(cls, path)
     values = {name: _from_json(value) for name, value in document["arguments"]["values"].items()}
     missing = [name for name in document["arguments"]["functions"] if name not in changes]
@@ -185,6 +190,15 @@ def _shared_reference(policy: CausalLMPolicy, path: Path, adapter: bool) -> Caus
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _folder(path: Path) -> Path:
+    """Returns the folder of a checkpoint that was asked for with or without `.zip`, as Stable-Baselines3 names what it saves and loads."""
+    other = path.with_suffix("") if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
+    found = next((folder for folder in (path, other) if (folder / "agent.json").is_file()), path)
+    if found.is_file():
+        raise ValueError(f"`path` must be the folder that `save` wrote, got the file {found}.")
+    return found
 
 
 def _read(cls: type[Any], path: Path) -> dict[str, Any]:

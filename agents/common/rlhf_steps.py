@@ -1,5 +1,6 @@
 """The steps of learning from human feedback, one function each: sample pairs to compare, fit a reward model to the comparisons."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from textgym.agents.reward_model_trainer import RewardModelTrainer
 from textgym.evaluation.reward_model_report import RewardModelReport
 from textgym.feedback import Comparison
 from textgym.prompts import PromptText, encode_prompts
-from textgym.rewards.classifier import longest_text
+from textgym.rewards.model_trials import announced_limit
 
 HELD_OUT = 0.1  # of the prompts; their comparisons measure the reward model
 NORMALISED_ON = 512  # completions
@@ -53,9 +54,10 @@ def readable_prompts(
     Raises:
         ValueError: prompts are too long and `max_tokens` is None, or no prompt is left.
     """
-    limit = min((one for one in (max_tokens, longest_text(policy.model.config, policy.tokenizer)) if one is not None), default=None)
-    if limit is None:
+    readable = min(announced_limit(policy.model, policy.tokenizer), policy.backbone.max_positions or math.inf, max_tokens or math.inf)
+    if readable == math.inf:
         return prompts, 0
+    limit = int(readable)
     lengths = [len(ids) for ids in encode_prompts(policy.tokenizer, prompts.texts)]
     kept = [place for place, length in enumerate(lengths) if length + max_new_tokens <= limit]
     if len(kept) == len(prompts):

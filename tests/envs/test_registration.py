@@ -4,11 +4,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import textgym  # noqa: F401
-from textgym.bundled import bundled_prompts
+from textgym.bundled import bundled_prompts, bundled_tokenizer_path
+from textgym.tokenizers import load_tokenizer
 
 IDS = sorted(spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("textgym."))
 
@@ -51,3 +53,18 @@ def test_single_and_batched_defaults_agree() -> None:
     for row in range(2):
         env.reset(seed=4 + row)
         assert sum(float(env.step(action)[1]) for action in actions[:, row]) == pytest.approx(rewards[row], abs=1e-4)
+
+
+def test_a_spec_is_json_where_its_arguments_are():
+    spec = gym.make("TextGen-v0", reward="length", max_new_tokens=3).spec
+    assert gym.make(EnvSpec.from_json(spec.to_json())).unwrapped.max_new_tokens == 3
+    for make in (gym.make, gym.make_vec):
+        spec = make(
+            "TextGen-v0",
+            prompts=["a"],
+            tokenizer=load_tokenizer(bundled_tokenizer_path()),
+            reward=lambda completions: [0.0] * len(completions),
+        ).spec
+        with pytest.raises(ValueError, match=r"`prompts` as the path of a \.jsonl file.*`tokenizer` as the folder.*`reward` as the name"):
+            spec.to_json()
+    assert gym.make(gym.make("TextGen-v0", prompts=["a"], reward="length").spec).unwrapped.num_prompts == 1

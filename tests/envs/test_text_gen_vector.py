@@ -126,7 +126,11 @@ def test_held_rows_stay_as_they_are(kwargs: dict[str, Any]) -> None:
     envs.hold_rows(np.array([True, True, False]))  # row 0 has ended: no automatic reset
     states = [generator.bit_generator.state["state"] for generator in envs.np_random]
     *_, infos = envs.step([5, 5, 5])
-    assert infos == {} and states == [generator.bit_generator.state["state"] for generator in envs.np_random]
+    assert (
+        not infos.pop("_prompt_index").any()
+        and infos.keys() == {"prompt_index"}
+        and states == [generator.bit_generator.state["state"] for generator in envs.np_random]
+    )
     assert envs.fresh.tolist() == [False, False, False]
     envs.hold_rows(None)
     *_, infos = envs.step([5, 5, 5])
@@ -152,11 +156,11 @@ def test_while_hold_is_set_ended_rows_stay_as_they_are(mode: AutoresetMode, kwar
     envs.hold = True
     states = [generator.bit_generator.state["state"] for generator in envs.np_random]
     last, rewards, *_, infos = envs.step([1, 5, 1])
-    assert rewards[0] > 0 and "prompt_index" not in infos
+    assert rewards[0] > 0 and not infos["_prompt_index"].any()
     for _ in range(2):
         observations, rewards, terminated, _, infos = envs.step([-5, 5, 5])
         assert_equal(observations["input_ids"][::2], last["input_ids"][::2])
-        assert not rewards.any() and not terminated.any() and infos == {}
+        assert not rewards.any() and not terminated.any() and not infos["_prompt_index"].any()
     assert states == [generator.bit_generator.state["state"] for generator in envs.np_random]
     envs.hold = False
     envs.reset()
