@@ -19,10 +19,12 @@ from textgym.agents.common.offline_batches import TokenRows
 from textgym.agents.common.pieces import Piece
 from textgym.agents.common.segments import segment_pieces
 from textgym.agents.reward_model import RewardModel
-from textgym.feedback.records import Comparison, Judgements, Label, Marking, Ranking, Record, Segment, SegmentPair
+from textgym.conversations import template_columns
+from textgym.feedback.records import Comparison, Judgements, Label, Marking, Ranking, Record, Segment, SegmentPair, Text
 from textgym.rewards.segmenters import Segmenter
 
 Pair: TypeAlias = tuple[int, int, float, float]  # i, j, P(i ≻ j), margin
+Answered: TypeAlias = Comparison | Ranking | Judgements | Label
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,16 @@ def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entr
         ValueError: the record does not suit the model.
     """
     if isinstance(record, Comparison):
-        pieces = model.encode([record.prompt] * 2, [record.chosen, record.rejected])
+        pieces = _encode(model, record, [record.chosen, record.rejected])
         pairs = [(0, 1, record.preference, record.margin)]
         return Entry("compared", pieces, repr(record.prompt), record.weight, pairs)
     if isinstance(record, Ranking):
-        pieces = model.encode([record.prompt] * len(record.completions), record.completions)
+        pieces = _encode(model, record, record.completions)
         ranked = [sorted(pair, key=record.ranks.__getitem__) for pair in combinations(range(len(pieces)), 2)]
         pairs = [(i, j, 1.0, 0.0) for i, j in ranked if record.ranks[i] < record.ranks[j]]
         return Entry("ranked", pieces, repr(record.prompt), record.weight, pairs, record.ranks)
     if isinstance(record, Judgements):
-        pieces = model.encode([record.prompt] * len(record.completions), record.completions)
+        pieces = _encode(model, record, record.completions)
         pairs = [(one.first, one.second, (one.z + 1) / 2, 0.0) for one in record.judgements]
         return Entry("compared", pieces, repr(record.prompt), record.weight, pairs)
     if isinstance(record, SegmentPair):
@@ -83,15 +85,21 @@ def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entr
         pieces = [_piece(segment) for segment in (record.first, record.second)]
         return Entry("compared", pieces, repr(record.first.prompt_ids), record.weight, [(0, 1, record.preference, 0.0)])
     if isinstance(record, Label):
-        pieces = model.encode([record.prompt], [record.completion])
+        pieces = _encode(model, record, [record.completion])
         return Entry("labelled", pieces, repr(record.prompt or record.completion), record.weight, clean=np.array([[record.good]]))
     if isinstance(record, Marking):
         unknown = {span.category for span in record.spans} - set(model.output_names)
         if unknown:
             raise ValueError(f"marks {sorted(unknown)}, but the reward model's outputs are {model.output_names} (`output_names=`)")
-        pieces, clean = segment_pieces(model, record.prompt, record.completion, record.spans, segmenter)
+        pieces, clean = segment_pieces(model, record, segmenter)
         return Entry("marked", pieces, repr(record.prompt or record.completion), record.weight, clean=clean)
     raise ValueError(f"is a {type(record).__name__}, from which no reward is learned; let a judge turn it into another form")
+
+
+def _encode(model: RewardModel, record: Answered, completions: Sequence[Text]) -> list[Piece]:
+    """Encodes the completions of a record, whose own columns may hold what goes into a chat template."""
+    columns = {name: [value] * len(completions) for name, value in template_columns(record.columns).items()}
+    return model.encode([record.prompt] * len(completions), completions, columns)
 
 
 def _piece(segment: Segment) -> Piece:

@@ -8,17 +8,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from textgym.prompts import PromptText, encode_prompts
+from textgym.conversations import TEMPLATE_COLUMNS
+from textgym.prompts import PromptText, encode_prompts, split_row
 
 Observation: TypeAlias = Mapping[str, npt.NDArray[Any]]
-Prompts: TypeAlias = Sequence[PromptText] | Sequence[Sequence[int]] | Observation | tuple[Any, Any]
+Row: TypeAlias = Mapping[str, Any]
+Prompts: TypeAlias = Sequence[PromptText] | Sequence[PromptText | Row] | Sequence[Sequence[int]] | Observation | tuple[Any, Any]
 
 
 def encode(prompts: Prompts, tokenizer: Any, fill_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Turns prompts into ids.
 
     Args:
-        prompts: texts, message lists, id lists, one observation or a batch of them (what it shows so far is the prompt), or a pair
+        prompts: texts, message lists, dicts with a `prompt` column (of whose other columns some go into a chat template), id lists, one
+            observation or a batch of them (what it shows so far is the prompt), or a pair
             (left-padded ids (B, P), lengths (B,)).
         tokenizer: reads the texts, exactly as it does in the environment.
         fill_token_id: stands before shorter prompts.
@@ -66,6 +69,10 @@ def _observed(observation: Observation) -> list[list[int]]:
 def _tokenised(prompts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` must be a list of prompts, got one string; write [{prompts[:20]!r}].")
-    if all(isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)) for prompt in prompts):
-        return [row.tolist() for row in encode_prompts(tokenizer, prompts)]
+    if all(isinstance(prompt, str | Mapping) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)) for prompt in prompts):
+        texts, others = (
+            zip(*(split_row(row, f"row {i} of `prompts`") for i, row in enumerate(prompts)), strict=True) if prompts else ((), ())
+        )
+        columns = {name: [of_row.get(name) for of_row in others] for name in TEMPLATE_COLUMNS}
+        return [row.tolist() for row in encode_prompts(tokenizer, texts, columns=columns)]
     return [[int(token) for token in prompt] for prompt in prompts]

@@ -20,9 +20,9 @@ SAMPLED_AT_ONCE = 64  # prompts
 
 
 def sample_completions(
-    policy: CausalLMPolicy, prompts: Sequence[PromptText], max_new_tokens: int, seed: int, num_generations: int = 1
+    policy: CausalLMPolicy, prompts: Sequence[PromptText | Mapping[str, Any]], max_new_tokens: int, seed: int, num_generations: int = 1
 ) -> list[str]:
-    """Returns completions of prompts, `num_generations` neighbours each."""
+    """Returns completions of prompts (or of rows with them), `num_generations` neighbours each."""
     generator = torch.Generator(policy.device).manual_seed(seed)
     texts: list[str] = []
     for start in range(0, len(prompts), SAMPLED_AT_ONCE):
@@ -47,7 +47,7 @@ def sample_pairs(policy: CausalLMPolicy, prompts: PromptRows, num_pairs: int, ma
     rng = np.random.default_rng(seed)
     passes = [rng.permutation(len(prompts)) for _ in range(-(-num_pairs // len(prompts)))]
     chosen = prompts.select(np.concatenate(passes)[:num_pairs].tolist())
-    texts = sample_completions(policy, chosen.texts, max_new_tokens, seed, num_generations=2)
+    texts = sample_completions(policy, chosen.as_rows(), max_new_tokens, seed, num_generations=2)
     return [{**row, "completions": texts[2 * i : 2 * i + 2]} for i, row in enumerate(chosen.as_rows())]
 
 
@@ -97,5 +97,6 @@ def fit_reward_model(
     trainer.learn(progress_bar=progress_bar)
     rng = np.random.default_rng(seed)
     drawn = prompts.select(rng.integers(len(prompts), size=NORMALISED_ON).tolist())
-    model.normalise(drawn.texts, sample_completions(reference, drawn.texts, max_new_tokens, seed))
+    texts = sample_completions(reference, drawn.as_rows(), max_new_tokens, seed)
+    model.normalise(drawn.texts, texts, columns=drawn.columns)
     return model, trainer.evaluate(held_out) if held_out else None

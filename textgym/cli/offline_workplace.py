@@ -24,8 +24,9 @@ from textgym.cli.workplace import (
     read_prompt_rows,
 )
 from textgym.feedback.rows import parse_comparison
-from textgym.prompts import PromptText, read_rows
+from textgym.prompts import PromptText
 from textgym.rewards import RewardSet
+from textgym.rows import FILES, read_rows
 from textgym.tokenizers import load_tokenizer
 
 BEGINNING_WORDS = 5  # of a plain text without a prompt, to sample from
@@ -79,7 +80,7 @@ def load_examples(settings: TrainSettings, agent: Any) -> tuple[list[Row], list[
         rows = _default_rows(settings, name)
     else:
         try:
-            rows = read_rows(settings.examples, name.removeprefix("--"), forms="the path of a .jsonl or .jsonl.gz file")
+            rows = read_rows(settings.examples, name.removeprefix("--"), forms=f"the path of {FILES}")
             if agent is not None:
                 agent.read(settings.examples)
         except (ValueError, OSError) as error:

@@ -25,7 +25,8 @@ from textgym.cli.training import Training
 from textgym.cli.workplace import check_device, check_options, load_policy, quiet_transformers
 from textgym.evaluation import Estimate, RewardModelReport
 from textgym.feedback import Comparison, Judgements, Label, Marking, Ranking, Record, SegmentPair, read_feedback
-from textgym.prompts import PromptText, read_rows
+from textgym.prompts import PromptText
+from textgym.rows import FILES, read_rows
 
 MAX_HELD_OUT = 500  # records; every measurement reads them all
 MAX_NORMALISED = 2000  # texts that the mean is taken over
@@ -247,7 +248,7 @@ def load_reference_texts(settings: RewardSettings, train: Records) -> Texts:
         texts = [text for record in train for text in texts_of(record)]
     else:
         try:
-            rows = read_rows(settings.reference_texts, "reference_texts", forms="the path of a .jsonl or .jsonl.gz file")
+            rows = read_rows(settings.reference_texts, "reference_texts", forms=f"the path of {FILES}")
         except (ValueError, OSError) as error:
             raise UserError(f"--reference-texts: {one_line(error)}") from error
         for number, row in enumerate(rows):
