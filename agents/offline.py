@@ -107,19 +107,20 @@ class OfflineAgent(OfflineLearner):
         examples, where = read_examples(source, self.argument, type(self).parse)
         tokens = tokenise(examples, self.policy.tokenizer, self.policy.eos_token_ids, where, append_eos=self.append_eos)
         sizes = [len(row.prompt) + max(map(len, row.completions)) for row in tokens]
+        names = [where.format(number) for number in range(len(tokens))]
         if self.max_tokens is not None:
             kept = [number for number, size in enumerate(sizes) if size <= self.max_tokens]
             if not kept:
                 raise ValueError(f"`max_tokens` must be at least {min(sizes)}, the shortest of `{self.argument}`, got {self.max_tokens}.")
             examples, tokens = [examples[number] for number in kept], [tokens[number] for number in kept]
-            sizes = [sizes[number] for number in kept]
+            sizes, names = [sizes[number] for number in kept], [names[number] for number in kept]
         limit = self.policy.backbone.max_positions
         if limit is not None and max(sizes) > limit:
             raise ValueError(
-                f"{where.format(int(np.argmax(sizes)))} has {max(sizes)} tokens with its prompt, but the model has {limit} positions; "
+                f"{names[int(np.argmax(sizes))]} has {max(sizes)} tokens with its prompt, but the model has {limit} positions; "
                 f"pass `max_tokens={limit}` to leave out what is longer."
             )
-        data = ExampleSet(examples, tokens)
+        data = ExampleSet(examples, tokens, names)
         self.check_examples(data)
         return data
 

@@ -133,7 +133,8 @@ class RewardModelTrainer(OfflineLearner):
                 raise ValueError(f"record {number} of `feedback` is one tie, which has no pairs; use `ranking_loss='plackett_luce'`.")
             if entries[number].kind != "marked":
                 self.policy.reward_output  # noqa: B018  (raises where no output was chosen)
-        return FeedbackSet([entries[number] for number in kept], self.policy.num_outputs)
+        names = [f"record {number} of `feedback`" for number in kept]
+        return FeedbackSet([entries[number] for number in kept], self.policy.num_outputs, names)
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 

@@ -166,13 +166,15 @@ class FeedbackSet:
     Args:
         entries: the records.
         num_outputs: C.
+        names: what error messages call each, N; by default its place.
 
     Attributes:
         num_tokens: (N,) int64, tokens of the different texts of each record, prompts included.
         pass_tokens: (N,) int64, the longest text of each record times the texts that a record has at most.
     """
 
-    def __init__(self, entries: Sequence[Entry], num_outputs: int) -> None:
+    def __init__(self, entries: Sequence[Entry], num_outputs: int, names: Sequence[str] = ()) -> None:
+        self.names = list(names) or [f"record {number}" for number in range(len(entries))]
         self.entries, self.num_outputs = list(entries), num_outputs
         texts: dict[tuple[int, ...], int] = {}
         pieces: dict[tuple[int, int, int], int] = {}
@@ -233,6 +235,11 @@ class FeedbackSet:
                     clean[row, :count] = torch.from_numpy(entry.clean)
             tables = (places, present, self.weights[rows], preferences, judged, margins, ranks, clean)
             yield Group(kind, torch.tensor(rows), *(table.to(device) for table in tables))
+
+    def same_sides(self) -> npt.NDArray[np.bool_]:
+        """Returns which records compare answers or segments that are all the same tokens, (N,)."""
+        compared = (entry.kind in ("compared", "ranked") for entry in self.entries)
+        return np.array([one and len(set(places)) == 1 for one, places in zip(compared, self._places, strict=True)])
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types."""

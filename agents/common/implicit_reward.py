@@ -32,9 +32,9 @@ class ImplicitReward:
     def __call__(self, prompts: Sequence[PromptText], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         """Returns one reward per completion; of the other columns those that go into a chat template are looked at."""
         rewards: list[float] = []
-        rows = with_template_columns(prompts, columns)
+        asked = with_template_columns(prompts, columns)
         for start in range(0, len(prompts), self.batch_size):
-            prompt_ids, prompt_lengths = self.policy.encode_prompts(rows[start : start + self.batch_size])
+            prompt_ids, prompt_lengths = self.policy.encode_prompts(asked[start : start + self.batch_size])
             rows = [torch.tensor(ids) for ids in completion_ids[start : start + self.batch_size]]
             lengths = torch.tensor([len(row) for row in rows], device=prompt_ids.device)
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(prompt_ids.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -107,6 +108,7 @@ class ExampleSet:
     Args:
         examples: the rows.
         tokens: their ids.
+        names: what error messages call each, N; by default its place.
 
     Attributes:
         num_tokens: (N,) int64, completion tokens of each example, all its completions together.
@@ -114,7 +116,8 @@ class ExampleSet:
         reference_log_probs: (C,) float32, once an agent has worked them out.
     """
 
-    def __init__(self, examples: Sequence[Example], tokens: Sequence[TokenisedExample]) -> None:
+    def __init__(self, examples: Sequence[Example], tokens: Sequence[TokenisedExample], names: Sequence[str] = ()) -> None:
+        self.names = list(names) or [f"row {number}" for number in range(len(tokens))]
         prompts: dict[tuple[int, ...], int] = {}
         pairs: dict[tuple[int, tuple[int, ...]], int] = {}
         index = np.full((len(tokens), max(len(row.completions) for row in tokens)), -1, dtype=np.int64)
@@ -187,6 +190,12 @@ class ExampleSet:
             weights=self.weights[rows].to(device),
             reference_log_probs=None if reference is None else reference[completions].to(device),
         )
+
+    def same_sides(self) -> npt.NDArray[np.bool_]:
+        """Returns which examples compare completions that are all the same tokens, (N,)."""
+        present = self.index >= 0
+        same = ((self.index == self.index[:, :1]) | ~present).all(1) & (present.sum(1) > 1)
+        return np.asarray(same.numpy())
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types."""

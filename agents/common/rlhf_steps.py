@@ -93,7 +93,8 @@ def fit_reward_model(
     """
     train, held_out = split_by_prompt(comparisons, HELD_OUT, seed)
     model = RewardModel.from_policy(reference, seed=seed)
-    trainer = RewardModelTrainer(model, train, seed=seed, **options)
+    trainer = RewardModelTrainer(model, None, seed=seed, **options)
+    trainer.connect(train, sampled=True)
     trainer.learn(progress_bar=progress_bar)
     rng = np.random.default_rng(seed)
     drawn = prompts.select(rng.integers(len(prompts), size=NORMALISED_ON).tolist())

@@ -12,6 +12,7 @@ import torch
 from textgym.agents.common.offline_batches import ExampleSet
 from textgym.agents.common.offline_rows import Example, labelled_row, preference_row, read_examples, supervised_row
 from textgym.agents.common.offline_tokens import TokenisedExample, tokenise
+from textgym.agents.common.same_sides import check_sides
 from textgym.feedback import Comparison, Label, Ranking, read_feedback, to_demonstrations, write_feedback
 
 TEMPLATE = (
@@ -290,3 +291,26 @@ def test_fingerprints_tell_data_apart() -> None:
     assert example_set().fingerprint() == example_set().fingerprint()
     other = ExampleSet([Example("", [])], [TokenisedExample([5], [[6, 7], [9]])])
     assert other.fingerprint()["checksum"] != example_set().fingerprint()["checksum"]
+
+
+def test_rows_whose_sides_are_the_same_are_found() -> None:
+    tokens = [
+        TokenisedExample([5], [[6, 7], [6, 7]]),
+        TokenisedExample([5], [[6, 7], [6, 7], [6, 7]]),
+        TokenisedExample([5], [[6, 7], [6, 7], [8]]),
+        TokenisedExample([5], [[6, 7]]),
+        TokenisedExample([4], [[6, 7], [8]]),
+    ]
+    assert ExampleSet([Example("", [])] * 5, tokens).same_sides().tolist() == [True, True, False, False, False]
+
+
+def test_the_same_sides_are_counted_once_and_all_are_refused() -> None:
+    names = [f"row {number} of `preferences`" for number in range(9)]
+    same = np.array([True, False, True, True, True, True, True, False, True])
+    with pytest.warns(UserWarning, match=r"7 of 9 rows of `preferences` .* \(row 0 of `preferences`, row 2 .* and 2 more\)") as said:
+        check_sides(same, names, "preferences")
+    assert len(said) == 1
+    check_sides(~np.ones(9, dtype=bool), names, "preferences")
+    check_sides(np.zeros(0, dtype=bool), [], "preferences")
+    with pytest.raises(ValueError, match="answers of every row are the same tokens"):
+        check_sides(np.ones(9, dtype=bool), names, "preferences")
