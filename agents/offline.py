@@ -5,6 +5,7 @@ An algorithm is a final subclass that reads its rows (`parse`) and says what its
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias, Unpack
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet
+from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet, TokenRows
 from textgym.agents.common.offline_rows import Example, read_examples
-from textgym.agents.common.offline_tokens import tokenise
+from textgym.agents.common.offline_tokens import is_ids, tokenise
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.packing import check_packing, score_packed
 from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, OfflineLearner, Share
@@ -108,6 +109,9 @@ class OfflineAgent(OfflineLearner):
         tokens = tokenise(examples, self.policy.tokenizer, self.policy.eos_token_ids, where, append_eos=self.append_eos)
         sizes = [len(row.prompt) + max(map(len, row.completions)) for row in tokens]
         names = [where.format(number) for number in range(len(tokens))]
+        texts = [number for number, example in enumerate(examples) if not is_ids(example.completions[0])]
+        rows = TokenRows([[*tokens[number].prompt, *chain(*tokens[number].completions)] for number in texts])
+        rows.check_known(self.policy.tokenizer, f"`{self.argument}`", lambda row: names[texts[row]])
         if self.max_tokens is not None:
             kept = [number for number, size in enumerate(sizes) if size <= self.max_tokens]
             if not kept:

@@ -18,7 +18,7 @@ from textgym.agents.common.backbone import Backbone
 from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
-from textgym.agents.common.prompt_batches import Prompts, encode
+from textgym.agents.common.prompt_batches import Prompts, encode, warn_of_unknown
 from textgym.agents.common.sampling import Sampling, TokenRule, draw, kept_tokens, scale_logits
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.token_mask import TokenMask
@@ -248,6 +248,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         given: dict[str, Any] = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         prompt_ids, prompt_lengths = self.encode_prompts(prompts)
+        warn_of_unknown(prompts, prompt_ids, prompt_lengths, self.tokenizer)
         if seed is not None:
             if generator is not None:
                 raise ValueError("Give `seed` or `generator`, not both: a generator carries its own state.")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_choice, check_count, check_number
-from textgym.agents.common.feedback_sets import FeedbackBatch, FeedbackSet, Group, read_entry
+from textgym.agents.common.feedback_sets import FeedbackBatch, FeedbackSet, Group, check_entries, read_entry
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.preference_losses import weighted_mean
 from textgym.agents.common.reward_losses import (
@@ -118,6 +118,7 @@ class RewardModelTrainer(OfflineLearner):
                 entries.append(read_entry(record, self.policy, segmenter))
             except ValueError as error:
                 raise ValueError(f"record {number} of `feedback` {error}") from error
+        check_entries(entries, self.policy.tokenizer)
         lengths = [entry.longest for entry in entries]
         limit = self.policy.limit
         kept = [number for number, length in enumerate(lengths) if self.max_tokens is None or length <= self.max_tokens]

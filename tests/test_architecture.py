@@ -19,6 +19,7 @@ LAYERS = [
     ("textgym.pending", 0),
     ("textgym.tokenizers", 1),
     ("textgym.rows", 1),
+    ("textgym.unknown_tokens", 1),
     ("textgym.conversations", 1),
     ("textgym.encoding", 1),
     ("textgym.prompts", 1),

@@ -180,6 +180,14 @@ def test_what_cannot_be_written_is_said_once() -> None:
     assert len(said) == 1
 
 
+def test_a_tokenizer_that_refuses_unknown_words_is_asked_for_none() -> None:
+    words = Tokenizer(models.WordLevel({"w0": 0, "w1": 1}, unk_token=None))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode_completions(tokenizer, [[0]], ["w1 w0"]) == [[1, 0]]
+    assert completion_offsets(tokenizer, [0], "w1 w0", [0, 0]) is None
+
+
 def test_a_text_begins_as_the_tokenizer_begins_texts() -> None:
     for kind, expected in (("Llama 2", "Hello"), ("Metaspace, first", "Hello"), ("byte-level with a space in front", " Hello")):
         assert read(EXACT[kind], "<s>", "Hello")[0] == expected

@@ -138,6 +138,8 @@ def completion_offsets(
     """
     before, _ = _before(tokenizer, prompt)
     for context in dict.fromkeys(("", before, *_ANCHORS)):
+        if context and _if_known(tokenizer, [context, context + text]) is None:
+            continue
         alone = encode_plain(tokenizer, [context])[0] if context else []
         encoded: Any = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
         whole, here = list(encoded["input_ids"]), slice(len(alone), len(alone) + len(ids))
@@ -177,17 +179,28 @@ def _joint(tokenizer: Any, before: str, text: str) -> tuple[Ids | None, str | No
         the tokens of the text, None if one stands across the joint; and how the tokenizer reads it there, None if it reads the end of what
         stands before in another way, as one of whole words does that puts an unknown word in the place of both.
     """
-    alone, whole = encode_plain(tokenizer, [before, before + text])
+    encoded = _if_known(tokenizer, [before, before + text])
+    if encoded is None:
+        return None, None
+    alone, whole = encoded
     base, full = decode(tokenizer, [alone, whole])
     return (whole[len(alone) :] if whole[: len(alone)] == alone else None), (full[len(base) :] if full.startswith(base) else None)
 
 
 def _cut(tokenizer: Any, text: str) -> Iterator[Ids]:
     """Yields the tokens of a text behind each of several others, where none stands across the joint."""
-    encoded = encode_plain(tokenizer, [*_ANCHORS, *(anchor + text for anchor in _ANCHORS)])
-    for alone, whole in zip(encoded, encoded[len(_ANCHORS) :], strict=False):
-        if whole[: len(alone)] == alone:
+    for anchor in _ANCHORS:
+        alone, whole = _if_known(tokenizer, [anchor, anchor + text]) or ([], [])
+        if alone and whole[: len(alone)] == alone:
             yield whole[len(alone) :]
+
+
+def _if_known(tokenizer: Any, texts: list[str]) -> list[Ids] | None:
+    """Returns the tokens of texts; None where the tokenizer refuses one, as one without an unknown token does a word that it lacks."""
+    try:
+        return encode_plain(tokenizer, texts)
+    except Exception:  # what the tokenizers library raises
+        return None
 
 
 _SPECIAL_TEXTS: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str] | None]]" = WeakKeyDictionary()

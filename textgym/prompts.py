@@ -10,6 +10,7 @@ from textgym.conversations import Messages, PromptText, conversation_text, row_c
 from textgym.encoding import encode_beginnings, encode_plain
 from textgym.rows import FILES, python_value, read_rows, row_name
 from textgym.types import BoolArray, IntArray
+from textgym.unknown_tokens import check_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,10 @@ class PromptSet:
         prompts: a list of strings or message lists, a list of dicts with a `prompt` column, the path of a file (`.jsonl`, `.json`, `.csv`,
             `.parquet`), a `datasets.Dataset`, a pandas DataFrame, or another set, which is tokenised again when it was made with another
             tokenizer. `tools`, `documents` and `chat_template_kwargs` of a row go into its chat template.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer. Prompts of which it knows little or nothing are warned of.
+
+    Raises:
+        ValueError: a prompt cannot be read or has no tokens, or the tokenizer knows nothing of any; which is said.
 
     Attributes:
         texts: the prompts as given, strings or message lists.
@@ -66,11 +70,12 @@ class PromptSet:
 
     def __init__(self, prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
         if isinstance(prompts, PromptSet):
-            self.texts, self.columns = prompts.texts, prompts.columns
+            self.texts, self.columns, where = prompts.texts, prompts.columns, row_name(None, "prompts")
         else:
-            self.texts, self.columns = read_prompts(prompts)
+            (self.texts, self.columns), where = read_prompts(prompts), row_name(prompts, "prompts")
         self.tokenizer = tokenizer
-        self._set_ids(encode_prompts(tokenizer, self.texts, columns=self.columns))
+        self._set_ids(encode_prompts(tokenizer, self.texts, where, self.columns))
+        check_known(tokenizer, self._tokens, self.lengths, "`prompts`", where.format)
 
     def _set_ids(self, ids: list[IntArray]) -> None:
         """Stores the tokens of all prompts one after the other in one array, of which `ids` are views."""

@@ -107,6 +107,17 @@ def _piece(segment: Segment) -> Piece:
     return Piece(ids, len(segment.prompt_ids) + segment.start, len(ids))
 
 
+def check_entries(entries: Sequence[Entry], tokenizer: Any) -> None:
+    """Warns where much of the texts of records is unknown to the reward model's tokenizer."""
+    texts = TokenRows([_all_ids(entry) for entry in entries])
+    texts.check_known(tokenizer, "`feedback`", "record {} of `feedback`".format)
+
+
+def _all_ids(entry: Entry) -> list[int]:
+    """Returns the tokens of the different texts of a record, one after the other."""
+    return [token for ids in dict.fromkeys(tuple(piece.ids) for piece in entry.pieces) for token in ids]
+
+
 class Group(NamedTuple):
     """The records of one kind in a batch. What stands where `present` or `judged` is False means nothing.
 

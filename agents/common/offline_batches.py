@@ -5,7 +5,7 @@ completions in it, T tokens.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from textgym.agents.common.masking import completion_mask_from_lengths
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import TokenisedExample
 from textgym.types import IntArray
+from textgym.unknown_tokens import check_known
 
 
 class TokenRows:
@@ -41,6 +42,10 @@ class TokenRows:
         columns = np.arange(lengths.max()) - (lengths.max() - lengths if left else 0)
         real = (columns >= 0) & (columns < lengths)
         return torch.from_numpy(np.where(real, self._tokens[np.where(real, self._starts[indices, None] + columns, 0)], 0))
+
+    def check_known(self, tokenizer: Any, what: str, name: Callable[[int], str]) -> None:
+        """Warns where many tokens are unknown to their tokenizer; see `textgym.unknown_tokens.check_known`."""
+        check_known(tokenizer, self._tokens, self.lengths, what, name)
 
     def checksum(self) -> int:
         """A number that other rows hardly have."""

@@ -42,7 +42,7 @@ def tokenise(
         if example.prompt is None:  # a plain text: its first token predicts the others
             row = TokenisedExample(prompt[:1], [_ended(prompt[1:], end, eos_token_ids)])
         else:
-            answers = [list(text) if _is_ids(text) else _until_end(next(encoded), end, eos_token_ids) for text in example.completions]
+            answers = [list(text) if is_ids(text) else _until_end(next(encoded), end, eos_token_ids) for text in example.completions]
             row = TokenisedExample(prompt, answers)
         _check(row, len(tokenizer), where.format(number))
         rows.append(row)
@@ -53,11 +53,11 @@ def _encode_prompts(examples: Sequence[Example], tokenizer: Any, where: str) -> 
     """Returns the ids of each prompt, or of a plain text as a whole."""
     texts: list[Any] = [example.completions[0] if example.prompt is None else example.prompt for example in examples]
     # An id list would be taken for messages; any text keeps the places of the others, which error messages name.
-    readable = [texts[0] if _is_ids(text) else text for text in texts] if not all(map(_is_ids, texts)) else []
-    if readable and _is_ids(texts[0]):
+    readable = [texts[0] if is_ids(text) else text for text in texts] if not all(map(is_ids, texts)) else []
+    if readable and is_ids(texts[0]):
         raise ValueError(f"{where.format(0)} has ids and others have texts; give every row in the same form.")
     encoded = encode_prompts(tokenizer, readable, f"the prompt of {where}", _columns(examples)) if readable else []
-    return [list(text) if _is_ids(text) else encoded[number].tolist() for number, text in enumerate(texts)]
+    return [list(text) if is_ids(text) else encoded[number].tolist() for number, text in enumerate(texts)]
 
 
 def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
@@ -65,7 +65,8 @@ def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
-def _is_ids(text: Text | None) -> TypeGuard[Ids]:
+def is_ids(text: Text | None) -> TypeGuard[Ids]:
+    """Returns whether a prompt or a completion is given as tokens."""
     return isinstance(text, list) and len(text) > 0 and isinstance(text[0], int)
 
 
@@ -74,7 +75,7 @@ def _encode_answers(examples: Sequence[Example], prompts: Sequence[Ids], tokeniz
     before, texts = [], []
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         for answer in example.completions if example.prompt is not None else ():
-            if not _is_ids(answer):
+            if not is_ids(answer):
                 before.append(prompt)
                 texts.append(answer if isinstance(answer, str) else _answer_text(example, answer, tokenizer, where.format(number)))
     return encode_completions(tokenizer, before, texts)
@@ -82,7 +83,7 @@ def _encode_answers(examples: Sequence[Example], prompts: Sequence[Ids], tokeniz
 
 def _answer_text(example: Example, answer: Any, tokenizer: Any, where: str) -> str:
     """Returns what the chat template writes for an assistant message, from the end of the prompt on."""
-    if isinstance(example.prompt, str) or _is_ids(example.prompt):
+    if isinstance(example.prompt, str) or is_ids(example.prompt):
         raise ValueError(f"{where} has a prompt that is no conversation and a completion that is one; give both in the same form.")
     prompt: Messages = example.prompt  # type: ignore[assignment]
     beginning = conversation_text(tokenizer, prompt, where, columns=example.columns)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from textgym.conversations import TEMPLATE_COLUMNS
 from textgym.prompts import PromptText, encode_prompts, split_row
+from textgym.unknown_tokens import check_known, unknown_token_id
 
 Observation: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Row: TypeAlias = Mapping[str, Any]
@@ -45,6 +46,18 @@ def encode(prompts: Prompts, tokenizer: Any, fill_token_id: int, device: torch.d
     padded = [[fill_token_id] * (width - len(row)) + list(row) for row in rows]
     lengths = [len(row) for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=device), torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def warn_of_unknown(prompts: Prompts, ids: Tensor, lengths: Tensor, tokenizer: Any) -> None:
+    """Warns where much of prompts that were texts, now left-padded ids (B, P), is unknown to the tokenizer."""
+    if isinstance(prompts, tuple | Mapping) or unknown_token_id(tokenizer) is None:
+        return
+    if not isinstance(prompts[0], str | Mapping) and not isinstance(prompts[0][0], Mapping):
+        return  # ids
+    counts = lengths.cpu().numpy()
+    rows = ids.cpu().numpy()
+    real = np.arange(rows.shape[1]) >= rows.shape[1] - counts[:, None]
+    check_known(tokenizer, rows[real], counts, "`prompts`", lambda row: repr(prompts[row])[:60], refuse=False)
 
 
 def _checked_pair(ids: Any, lengths: Any, device: torch.device) -> tuple[Tensor, Tensor]:
