@@ -73,7 +73,7 @@ class BestOfN:
         check_count("num_generations", num_generations, "completions")
         rows, drawn = PromptRows.read(prompts), num_generations * self.n
         sampled = self.policy.generate(
-            rows.texts, max_new_tokens, temperature, num_generations=drawn, seed=seed, generator=generator, **options
+            rows.as_rows(), max_new_tokens, temperature, num_generations=drawn, seed=seed, generator=generator, **options
         )
         owners = [prompt for prompt in range(len(rows)) for _ in range(drawn)]
         rewards, _ = score(self.reward, rows.select(owners), sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)

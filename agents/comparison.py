@@ -241,7 +241,7 @@ class _Side:
             rewards=means,
             kl_per_sequence=None if self.kl is None else estimate(self.per_prompt(self.kl).mean(axis=1)),
             kl_is_bound=self.kl_is_bound,
-            perplexity=None if reference is None else perplexity(reference, self.prompts.texts, self._ids_of(reference)),
+            perplexity=None if reference is None else perplexity(reference, self.prompts.as_rows(), self._ids_of(reference)),
             texts=text_statistics(self.texts, self.ids, self.policy.eos_token_ids),
             reward_queries=self.reward_queries,
         )
@@ -266,9 +266,8 @@ def _sampled(sampler: Sampler, rows: PromptRows, options: _Options) -> _Side:
     ids: list[list[int]] = []
     kls: list[Float64Array] = []
     for batch in rows.batches(options.batch_size):
-        # Best-of-n scores what it samples, and its reward may want the other columns.
-        prompts = batch.as_rows() if isinstance(sampler, BestOfN) else batch.texts
-        generation = sampler.generate(prompts, options.max_new_tokens, num_generations=options.num_generations, generator=generator)
+        # Best-of-n scores what it samples, and its reward may want the other columns; some go into chat templates.
+        generation = sampler.generate(batch.as_rows(), options.max_new_tokens, num_generations=options.num_generations, generator=generator)
         prompt_ids += generation.prompt_id_lists
         ids += generation.completion_ids
         if options.reference is not None and same_tokens(policy, options.reference):

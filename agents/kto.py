@@ -28,7 +28,8 @@ class KTO(OfflineAgent):
         L = λ_y − v,    v = λ_D σ(β (h − z₀)) or λ_U σ(β (z₀ − h)),    h = log π(y|x) − log π_ref(y|x),    mean over the batch
 
     z₀ = max(0, mean h of *mismatched* pairs: the prompts of the batch, each with the completion of the next) estimates
-    KL(π ‖ π_ref); it is worked out once per batch and carries no gradient. Where every y is labelled desirable with a probability p(x, y),
+    KL(π ‖ π_ref); it is worked out once per batch and carries no gradient. Steps have at least two examples; `evaluate` of a single one,
+    which has no mismatched pair, takes z₀ = 0. Where every y is labelled desirable with a probability p(x, y),
     mass moves to those with p λ_D > (1 − p) λ_U.
 
     Args:
@@ -41,7 +42,7 @@ class KTO(OfflineAgent):
         undesirable_weight: λ_U.
         reference: π_ref; default a frozen copy of `policy` as it is now.
         n_epochs: passes over the examples.
-        batch_size: examples per optimiser step, at least 2.
+        batch_size: examples per optimiser step, at least 2; a step has one more where a single example would be left for the last one.
         append_eos: put EOS behind completions given as texts.
         max_tokens: leave out rows that are longer, prompt included.
         packing: several completions in one row of the model's input.
@@ -49,6 +50,7 @@ class KTO(OfflineAgent):
     """
 
     parse = staticmethod(labelled_row)
+    smallest_step = 2
     saved_arguments: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
 
     def __init__(
@@ -115,8 +117,13 @@ class KTO(OfflineAgent):
 
     @torch.no_grad()
     def estimate_kl(self, examples: ExampleSet, rows: Tensor) -> float:
-        """Returns z₀ of a minibatch, in nats: the mean log-ratio of each prompt with the next example's completion, at least 0."""
+        """Returns z₀ of a minibatch, in nats: the mean log-ratio of each prompt with the next example's completion, at least 0.
+
+        Of a single example, which has no next one, it is 0.
+        """
         assert self.reference is not None
+        if len(rows) == 1:  # its own completion would be the next one's
+            return 0.0
         own = examples.index[rows, 0].numpy()
         prompts, completions = examples.prompt_of[own], np.roll(own, -1)
         limit = self.policy.backbone.max_positions

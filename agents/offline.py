@@ -5,6 +5,7 @@ An algorithm is a final subclass that reads its rows (`parse`) and says what its
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias, Unpack
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_count
-from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet
+from textgym.agents.common.offline_batches import CompletionBatch, ExampleBatch, ExampleSet, TokenRows
 from textgym.agents.common.offline_rows import Example, read_examples
-from textgym.agents.common.offline_tokens import tokenise
+from textgym.agents.common.offline_tokens import is_ids, tokenise
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.packing import check_packing, score_packed
 from textgym.agents.common.progress import counting_bar
@@ -109,19 +110,23 @@ class OfflineAgent(OfflineLearner):
         tokens = tokenise(examples, self.policy.tokenizer, self.policy.eos_token_ids, where, append_eos=self.append_eos)
         sizes = [len(row.prompt) + max(map(len, row.completions)) for row in tokens]
         kept = list(range(len(sizes)))
+        names = [where.format(number) for number in range(len(tokens))]
+        texts = [number for number, example in enumerate(examples) if not is_ids(example.completions[0])]
+        rows = TokenRows([[*tokens[number].prompt, *chain(*tokens[number].completions)] for number in texts])
+        rows.check_known(self.policy.tokenizer, f"`{self.argument}`", lambda row: names[texts[row]])
         if self.max_tokens is not None:
             kept = [number for number in kept if sizes[number] <= self.max_tokens]
             if not kept:
                 raise ValueError(f"`max_tokens` must be at least {min(sizes)}, the shortest of `{self.argument}`, got {self.max_tokens}.")
             examples, tokens = [examples[number] for number in kept], [tokens[number] for number in kept]
-            sizes = [sizes[number] for number in kept]
+            sizes, names = [sizes[number] for number in kept], [names[number] for number in kept]
         limit = self.policy.backbone.max_positions
         if limit is not None and max(sizes) > limit:
             raise ValueError(
-                f"{where.format(int(np.argmax(sizes)))} has {max(sizes)} tokens with its prompt, but the model has {limit} positions; "
+                f"{names[int(np.argmax(sizes))]} has {max(sizes)} tokens with its prompt, but the model has {limit} positions; "
                 f"pass `max_tokens={limit}` to leave out what is longer."
             )
-        data = ExampleSet(examples, tokens)
+        data = ExampleSet(examples, tokens, names)
         data.places = np.array(kept, dtype=np.int64)
         self.check_examples(data)
         return data

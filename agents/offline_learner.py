@@ -11,9 +11,11 @@ What examples are is the subclass's affair: it reads them (`read`) and says what
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias, Unpack
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
@@ -26,6 +28,7 @@ from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_count
 from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.options import CommonOptions, with_common_defaults
+from textgym.agents.common.same_sides import check_sides
 from textgym.types import IntArray
 
 SCORED_AT_ONCE = 32  # examples per pass where nothing is trained and `micro_batch_size` is not given
@@ -40,16 +43,21 @@ class DataSet(Protocol):
         num_tokens: (N,) int64, what each example adds to `num_timesteps`.
         pass_tokens: (N,) int64, what each example takes of a pass at most: its longest text, prompt included, times the texts that one
             example has at most.
+        names: what error messages call each example, N.
     """
 
     num_tokens: Tensor
     pass_tokens: Tensor
+    names: Sequence[str]
 
     def __len__(self) -> int:
         """N."""
 
     def select(self, rows: Tensor, device: torch.device) -> Any:
         """Returns the examples `rows` (an index tensor on the CPU) as a batch."""
+
+    def same_sides(self) -> npt.NDArray[np.bool_]:
+        """Which examples compare answers that are all the same tokens, (N,)."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types: `num_items`, `tokens` and a checksum."""
@@ -77,7 +85,8 @@ class OfflineLearner(Agent):
         model: what is trained, in place.
         learning_rate: a number or an SB3 schedule of the progress remaining, 1 at the first step.
         n_epochs: passes over the examples.
-        batch_size: examples per optimiser step, at most; the steps of a pass have sizes that differ by one at most.
+        batch_size: examples per optimiser step, at most; the steps of a pass have sizes that differ by one at most. One more where else
+            fewer than the algorithm needs (`smallest_step`) would be left.
         reference: π_ref; None where the algorithm has none.
         **options: see `CommonOptions`.
 
@@ -87,6 +96,7 @@ class OfflineLearner(Agent):
 
     argument: ClassVar[str] = "examples"  # what error messages call them
     examples: Any  # a `DataSet`, once there is one
+    smallest_step: ClassVar[int] = 1  # examples that an optimiser step must have
     saved_arguments: ClassVar[tuple[str, ...]] = ("n_epochs", "batch_size")
 
     def __init__(
@@ -114,9 +124,21 @@ class OfflineLearner(Agent):
     def read(self, source: Any) -> Any:
         """Reads and tokenises examples: a `DataSet`."""
 
-    def connect(self, source: Any) -> None:
-        """Takes examples; if they are those of the checkpoint that this agent was loaded from, it goes on where that stopped."""
-        self.examples = self.read(source)
+    def connect(self, source: Any, *, sampled: bool = False) -> None:
+        """Takes examples; if they are those of the checkpoint that this agent was loaded from, it goes on where that stopped.
+
+        Args:
+            source: as in the constructor.
+            sampled: the answers are samples of a policy, which are the same now and then: nothing is said of such rows.
+        """
+        examples = self.read(source)
+        if len(examples) < self.smallest_step:
+            raise ValueError(
+                f"`{self.argument}` must hold at least {self.smallest_step} rows to train {type(self).__name__} on, got {len(examples)}."
+            )
+        if not sampled:
+            check_sides(examples.same_sides(), examples.names, self.argument)
+        self.examples = examples
         self.order = ItemOrder(len(self.examples), self.item_generator)
         if self._saved_position is not None and self._saved_position["fingerprint"] == self.examples.fingerprint():
             self.order.load_state_dict(self._saved_position["order"])
@@ -209,7 +231,7 @@ class OfflineLearner(Agent):
     def _next_examples(self, order: ItemOrder) -> IntArray:
         """Returns the examples of the next step: what is left of a pass, shared out evenly over the steps that it takes."""
         left = order.left or order.num_items
-        steps = -(-left // self.batch_size)
+        steps = max(1, min(-(-left // self.batch_size), left // self.smallest_step))
         return order.take(-(-left // steps))
 
     def train(self, rows: Tensor) -> None:

@@ -20,7 +20,7 @@ from textgym.agents.common.generation import DecodeOptions, Generation
 from textgym.agents.common.loading import load_model
 from textgym.agents.common.numpy_protocol import NumpyProtocol
 from textgym.agents.common.precision import AUTO, half_dtype, name_of, products_for, tell_once
-from textgym.agents.common.prompt_batches import Prompts, encode
+from textgym.agents.common.prompt_batches import Prompts, encode, warn_of_unknown
 from textgym.agents.common.sampling import Sampling, TokenRule
 from textgym.agents.common.scoring import Scores, score_completions
 from textgym.agents.common.target_network import TargetNetwork
@@ -297,6 +297,7 @@ class CausalLMPolicy(NumpyProtocol, nn.Module):
         given: dict[str, Any] = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         prompt_ids, prompt_lengths = self.encode_prompts(prompts)
+        warn_of_unknown(prompts, prompt_ids, prompt_lengths, self.tokenizer)
         if seed is not None:
             if generator is not None:
                 raise ValueError("Give `seed` or `generator`, not both: a generator carries its own state.")

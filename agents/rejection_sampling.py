@@ -105,7 +105,7 @@ def keep_best(
 
     def start(batch: PromptRows) -> Pending[list[dict[str, Any]]]:
         """Samples completions of some prompts, and asks for their rewards."""
-        sampled = policy.generate(batch.texts, max_new_tokens, num_generations=n, generator=generator)
+        sampled = policy.generate(batch.as_rows(), max_new_tokens, num_generations=n, generator=generator)
         owned = batch.select([prompt for prompt in range(len(batch)) for _ in range(n)])
         scores = start_scoring(rewards, owned, sampled.prompt_id_lists, sampled.completion_ids, sampled.decode)
         return scores.then(lambda paid: _examples(owned, sampled, paid[0]))

@@ -119,9 +119,9 @@ class RewardEnsemble:
             prompts: strings or message lists.
             completions: the same.
             completion_ids: the tokens of the completions, see `RewardModel`.
-            **columns: not looked at.
+            **columns: see `RewardModel`.
         """
-        of_members = [model(prompts, completions, completion_ids) for model in self.models]
+        of_members = [model(prompts, completions, completion_ids, **columns) for model in self.models]
         if not self.models[0].per_token:
             return self.combine(np.array(of_members)).tolist()
         return [self.combine(np.array(rows)).tolist() for rows in zip(*of_members, strict=True)]

@@ -7,9 +7,9 @@ the hidden state of the last token (Ziegler et al. 2019, arXiv:1909.08593; Ouyan
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from textgym.agents.common.progress import counting_bar
 from textgym.agents.common.scoring import spread
 from textgym.agents.policy import CausalLMPolicy
 from textgym.alignment import aligned
+from textgym.conversations import row_columns
 from textgym.prompts import PromptText
 from textgym.rewards.classifier import PER_TOKEN, ClassifierReward, head_scores, hidden_states, refuse_adapter, right_padded
 from textgym.rewards.dense import token_level
@@ -38,6 +39,7 @@ from textgym.rewards.model_trials import Reading, batches
 from textgym.tokenizers import end_token_ids, load_tokenizer
 
 Scores = npt.NDArray[np.float64]
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
 
 
 class Normalisation(NamedTuple):
@@ -291,35 +293,37 @@ class RewardModel:
             prompts: strings or message lists.
             completions: the same.
             completion_ids: the tokens of the completions; what a per-token model scores, if given.
-            **columns: not looked at.
+            **columns: of them `tools`, `documents` and `chat_template_kwargs` go into the chat template of a conversation.
         """
         if not self.per_token:
             self.reward_output  # noqa: B018  (raises where no output was chosen)
-            return self.reader(prompts, completions)
+            return self.reader(prompts, completions, **columns)
         if completion_ids is None:
-            pieces = self.encode(prompts, completions)
+            pieces = self.encode(prompts, completions, columns)
         else:
-            rows = [Example(prompt, [list(ids)]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
-            pieces = self._token_pieces(rows)
+            rows = enumerate(zip(prompts, completion_ids, strict=True))
+            pieces = self._token_pieces([Example(prompt, [list(ids)], columns=row_columns(columns, row)) for row, (prompt, ids) in rows])
         singles = [Piece(piece.ids, end - 1, end) for piece in pieces for end in range(piece.start + 1, piece.end + 1)]
         scores = iter(self.score_pieces(singles)[:, self.reward_output].tolist())
         return [[next(scores) for _ in range(piece.start, piece.end)] for piece in pieces]
 
-    def score_texts(self, prompts: Sequence[PromptText], completions: Sequence[PromptText]) -> Scores:
-        """Returns the scores of whole texts, all outputs, (N, C) float64; of a per-token model the sums over the tokens."""
-        return self.score_pieces(self.encode(prompts, completions))
+    def score_texts(self, prompts: Sequence[PromptText], completions: Sequence[PromptText], columns: Columns | None = None) -> Scores:
+        """Returns the scores of whole texts, all outputs, (N, C) float64; of a per-token model the sums over the tokens.
 
-    def encode(self, prompts: Sequence[PromptText], completions: Sequence[PromptText]) -> list[Piece]:
-        """Returns what is read of each text: its tokens, and of which of them the scores are added up."""
+        `columns` are other columns of the rows, N values each, of which some go into a chat template.
+        """
+        return self.score_pieces(self.encode(prompts, completions, columns))
+
+    def encode(self, prompts: Sequence[PromptText], completions: Sequence[PromptText], columns: Columns | None = None) -> list[Piece]:
+        """Returns what is read of each text: its tokens, and of which of them the scores are added up; `columns` as in `score_texts`."""
+        rows = list(enumerate(zip(prompts, completions, strict=True)))
         if not self.per_token:
-            texts = zip(prompts, completions, strict=True)
-            return [Piece(ids, len(ids) - 1, len(ids)) for ids in (self.reader.tokens(prompt, completion) for prompt, completion in texts)]
-        pairs = zip(prompts, completions, strict=True)
+            name = f"reward `{self.__name__}`, row {{}}"
+            read = (self.reader.tokens(*pair, row_columns(columns, row), name.format(row)) for row, pair in rows)
+            return [Piece(ids, len(ids) - 1, len(ids)) for ids in read]
+        answers = (as_completion(prompt, text) if isinstance(text, str) else text for _, (prompt, text) in rows)
         return self._token_pieces(
-            [
-                Example(prompt, [as_completion(prompt, completion) if isinstance(completion, str) else completion])
-                for prompt, completion in pairs
-            ]
+            [Example(prompts[row], [answer], columns=row_columns(columns, row)) for row, answer in enumerate(answers)]
         )
 
     def _token_pieces(self, rows: Sequence[Example]) -> list[Piece]:
@@ -395,7 +399,13 @@ class RewardModel:
     # -- normalisation ----------------------------------------------------------------------------------------------
 
     def normalise(
-        self, prompts: Sequence[PromptText], completions: Sequence[PromptText], *, unit_std: bool = False, progress_bar: bool = False
+        self,
+        prompts: Sequence[PromptText],
+        completions: Sequence[PromptText],
+        *,
+        unit_std: bool = False,
+        columns: Columns | None = None,
+        progress_bar: bool = False,
     ) -> Normalisation:
         """Makes the mean reward of given completions, those of the reference, zero; the change is a part of what is saved.
 
@@ -406,12 +416,13 @@ class RewardModel:
             prompts: prompts.
             completions: the reference's completions of them.
             unit_std: also divide by the standard deviation of the rewards of these texts, which changes the scale of β.
+            columns: other columns of the rows, of which some go into a chat template.
             progress_bar: show one, on a terminal.
 
         Returns:
             What was taken out, and where it was written.
         """
-        pieces = self.encode(prompts, completions)
+        pieces = self.encode(prompts, completions, columns)
         scores = self.score_pieces(pieces, progress_bar=progress_bar)  # (N, C)
         counts = np.array([piece.end - piece.start for piece in pieces])[:, None]
         mean = scores.sum(0) / counts.sum()

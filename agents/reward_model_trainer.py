@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textgym.agents.common.batches import micro_batches
 from textgym.agents.common.checks import check_choice, check_count, check_number
-from textgym.agents.common.feedback_sets import Entry, FeedbackBatch, FeedbackSet, Group, LeftOut, read_entry
+from textgym.agents.common.feedback_sets import Entry, FeedbackBatch, FeedbackSet, Group, LeftOut, check_entries, read_entry
 from textgym.agents.common.options import CommonOptions
 from textgym.agents.common.preference_losses import weighted_mean
 from textgym.agents.common.progress import counting_bar
@@ -34,6 +34,7 @@ from textgym.agents.common.reward_losses import (
     ranking_loss,
     span_loss,
 )
+from textgym.agents.common.same_sides import check_sides
 from textgym.agents.offline_learner import SCORED_AT_ONCE, Metrics, MicroBatchShare, OfflineLearner, Share
 from textgym.agents.reward_model import RewardModel
 from textgym.evaluation.reward_model_report import Decisions, RewardModelReport, best_direction
@@ -114,17 +115,14 @@ class RewardModelTrainer(OfflineLearner):
 
     # -- feedback ---------------------------------------------------------------------------------------------------
 
-    def connect(self, source: Any) -> None:
-        """Takes feedback; see `OfflineLearner.connect`. Feedback that teaches nothing, or only that all is equally good, is warned of."""
-        super().connect(source)
+    def connect(self, source: Any, *, sampled: bool = False) -> None:
+        """Takes feedback; see `OfflineLearner.connect`. Of records that are left out, and of nothing but ties, a warning speaks."""
+        super().connect(source, sampled=sampled)
         assert self.examples is not None
-        if all(entry.same_answers for entry in self.examples.entries):
-            warnings.warn(
-                f"`feedback` holds {len(self.examples)} records, and the answers of each are the same tokens for this model's tokenizer: "
-                "nothing can be learned from them.",
-                stacklevel=2,
-            )
-        elif all(entry.is_tie for entry in self.examples.entries):
+        if not sampled:
+            names = [*self.examples.same_answers, *self.examples.names]
+            check_sides(np.arange(len(names)) < len(self.examples.same_answers), names, self.argument)
+        if all(entry.is_tie and not entry.same_answers for entry in self.examples.entries):
             warnings.warn(
                 f"`feedback` holds {len(self.examples)} records, all of them ties: from these a reward model learns that answers are "
                 "equally good, and nothing else.",
@@ -137,7 +135,7 @@ class RewardModelTrainer(OfflineLearner):
             return source
         records = read_feedback(source).records
         entries = self._entries(records)
-        # Where nothing else is there they stay, so that a loop whose policy says one thing only goes on; `connect` warns.
+        # Where nothing else is there they stay, so that a loop whose policy says one thing only goes on; else `connect` refuses them.
         different = [number for number, entry in entries.items() if not entry.same_answers] or list(entries)
         kept = [number for number in different if self.max_tokens is None or entries[number].longest <= self.max_tokens]
         if not kept:
@@ -148,7 +146,14 @@ class RewardModelTrainer(OfflineLearner):
             )
         self._check(entries, kept)
         left_out = LeftOut(len(different) - len(kept), len(entries) - len(different), len(records) - len(entries))
-        return FeedbackSet([entries[number] for number in kept], self.policy.num_outputs, left_out)
+        names = {number: f"record {number} of `feedback`" for number in entries}
+        return FeedbackSet(
+            [entries[number] for number in kept],
+            self.policy.num_outputs,
+            left_out,
+            names=[names[number] for number in kept],
+            same_answers=[names[number] for number in entries if number not in set(different)],
+        )
 
     def _entries(self, records: list[Any]) -> dict[int, Entry]:
         """Tokenises the records from which something can be learned, by their places."""
@@ -165,6 +170,7 @@ class RewardModelTrainer(OfflineLearner):
                 f"`feedback` must hold a record that a reward is learned from, got {len(records)} comments only; a judge turns them into "
                 "another form (`textgym.feedback.comments_to_records`)."
             )
+        check_entries(entries, self.policy.tokenizer)
         return entries
 
     def _check(self, entries: dict[int, Entry], kept: list[int]) -> None:

@@ -15,7 +15,7 @@ Everything lies in one folder, and each step writes its result before the next b
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -31,6 +31,7 @@ from textgym.agents.online import OnlineAgent
 from textgym.agents.policy import CausalLMPolicy
 from textgym.agents.reward_model import RewardModel
 from textgym.agents.sft import SFT
+from textgym.conversations import template_columns
 from textgym.errors import FeedbackNeeded
 from textgym.feedback import Comparison, Record, read_feedback, to_comparisons, write_feedback
 from textgym.prompts import PromptText
@@ -103,7 +104,7 @@ class LatestReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Returns one reward per completion."""
         assert self.model is not None  # `RLHF.run` fits one before it samples
-        rewards: list[float] = self.model(prompts=prompts, completions=completions)
+        rewards: list[float] = self.model(prompts=prompts, completions=completions, **columns)
         return rewards
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LatestReward":
@@ -300,7 +301,8 @@ class RLHF:
         generator = getattr(self.annotator, "generator", None)
         if generator is not None:
             _write(self._round(number) / "annotator.json", generator.bit_generator.state)
-        _write_comparisons(answers, compared)
+        templates = {repr(row["prompt"]): template_columns(row) for row in rows}  # the reward model reads them with the prompt
+        _write_comparisons(answers, [replace(one, columns={**templates.get(repr(one.prompt), {}), **one.columns}) for one in compared])
 
     def _restore_annotator(self, number: int) -> None:
         """Puts the annotator where the rounds before left it."""

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from textgym.agents import CausalLMPolicy, HeldOut, RewardModel, RewardModelTrainer
 from textgym.evaluation import Estimate, bootstrap_cluster_mean
 from textgym.feedback import Comparison, Label, Marking, Ranking, Record, Span, to_comparisons
-from textgym.prompts import read_rows
+from textgym.rows import read_rows
 
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 40, 250  # what reward models read: the end of the prompt, the beginning of the answer
 WORDS, LEAST_COUNT = 5000, 3

@@ -81,7 +81,7 @@ class TextTask:
         argument = '`options["prompt"]`'
         text, columns = split_row(row, argument)
         _check_columns(columns, argument)
-        ids = encode_prompts(self.tokenizer, [text], argument)[0]
+        ids = encode_prompts(self.tokenizer, [text], argument, {name: [value] for name, value in columns.items()})[0]
         if len(ids) > self.max_prompt_tokens and not self.truncate_prompts:
             raise ValueError(
                 f"{argument} must have at most `max_prompt_tokens` = {self.max_prompt_tokens} tokens, got {len(ids)}; "

@@ -86,7 +86,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path = _write(tmp_path / "p.jsonl", ['{"prompt": "a"}', '{"text": "b", "label": 1}'])
-    with pytest.raises(ValueError, match=r"row 1 of `prompts` must have a \"prompt\" column, got the columns \['text', 'label'\]"):
+    with pytest.raises(ValueError, match=r"row 1 of '.*p\.jsonl' must have a \"prompt\" column, got the columns \['text', 'label'\]"):
         read_prompts(path)
 
 

@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,11 @@ def test_the_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
             exec(snippet, names)
     assert "->" in capsys.readouterr().out
     assert (tmp_path / "runs/mine/agent.json").exists()
+    dpo: Any = names["dpo"]
+    for pair in names["pairs"]:  # type: ignore[attr-defined]
+        for text in pair.values():
+            assert dpo.policy.tokenizer.unk_token_id not in dpo.policy.tokenizer(text)["input_ids"]
+        assert dpo.evaluate([pair])["rewards/margins"] > 0.01  # what stands there is learned
 
 
 def test_the_tree_names_every_file_and_nothing_else() -> None:

@@ -1,28 +1,25 @@
 """Prompts: reading them from every source, tokenising them once, and keeping the other columns for the rewards."""
 
-import gzip
-import json
-import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from itertools import takewhile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from textgym.conversations import Messages, PromptText, conversation_text, row_columns
+from textgym.encoding import encode_beginnings, encode_plain
+from textgym.rows import FILES, python_value, read_rows, row_name
 from textgym.types import BoolArray, IntArray
+from textgym.unknown_tokens import check_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages: TypeAlias = list[dict[str, Any]]
-PromptText: TypeAlias = str | Messages
+__all__ = ["Messages", "Prompt", "PromptSet", "PromptText", "check_prompt", "copy_prompt", "encode_prompts", "read_prompts", "split_row"]
 
 _FORMS = (
-    'a list of strings, a list of dicts with a "prompt" column, the path of a .jsonl or .jsonl.gz file, '
-    "a `datasets.Dataset` or a `PromptSet`"
+    f'a list of strings, a list of dicts with a "prompt" column, the path of {FILES}, a `datasets.Dataset`, a pandas DataFrame '
+    "or a `PromptSet`"
 )
 _SHOWN_ROWS = 5
 
@@ -50,9 +47,13 @@ class PromptSet:
     without tokenising them again.
 
     Args:
-        prompts: a list of strings or message lists, a list of dicts with a `prompt` column, the path of a `.jsonl` or `.jsonl.gz` file,
-            a `datasets.Dataset`, or another set, which is tokenised again when it was made with another tokenizer.
-        tokenizer: a transformers tokenizer.
+        prompts: a list of strings or message lists, a list of dicts with a `prompt` column, the path of a file (`.jsonl`, `.json`, `.csv`,
+            `.parquet`), a `datasets.Dataset`, a pandas DataFrame, or another set, which is tokenised again when it was made with another
+            tokenizer. `tools`, `documents` and `chat_template_kwargs` of a row go into its chat template.
+        tokenizer: a transformers tokenizer. Prompts of which it knows little or nothing are warned of.
+
+    Raises:
+        ValueError: a prompt cannot be read or has no tokens, or the tokenizer knows nothing of any; which is said.
 
     Attributes:
         texts: the prompts as given, strings or message lists.
@@ -69,11 +70,12 @@ class PromptSet:
 
     def __init__(self, prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
         if isinstance(prompts, PromptSet):
-            self.texts, self.columns = prompts.texts, prompts.columns
+            self.texts, self.columns, where = prompts.texts, prompts.columns, row_name(None, "prompts")
         else:
-            self.texts, self.columns = read_prompts(prompts)
+            (self.texts, self.columns), where = read_prompts(prompts), row_name(prompts, "prompts")
         self.tokenizer = tokenizer
-        self._set_ids(encode_prompts(tokenizer, self.texts))
+        self._set_ids(encode_prompts(tokenizer, self.texts, where, self.columns))
+        check_known(tokenizer, self._tokens, self.lengths, "`prompts`", where.format)
 
     def _set_ids(self, ids: list[IntArray]) -> None:
         """Stores the tokens of all prompts one after the other in one array, of which `ids` are views."""
@@ -149,35 +151,14 @@ def read_prompts(prompts: Any) -> tuple[list[PromptText], dict[str, list[Any]]]:
         The prompts (strings or message lists) and the other columns, one value per prompt each.
     """
     rows = read_rows(prompts, "prompts", forms=_FORMS, required="prompt")
-    texts, others = zip(*(split_row(row, f"row {i} of `prompts`") for i, row in enumerate(rows)), strict=True)
+    where = row_name(prompts, "prompts")
+    texts, others = zip(*(split_row(row, where.format(i)) for i, row in enumerate(rows)), strict=True)
     names = dict.fromkeys(name for columns in others for name in columns)
     return list(texts), {name: [columns.get(name) for columns in others] for name in names}
 
 
-def read_rows(source: Any, argument: str, *, forms: str, required: str | None = None) -> list[Any]:
-    """Reads the rows of a list, of a `.jsonl` or `.jsonl.gz` file, or of a `datasets.Dataset`; none at all is an error.
-
-    Args:
-        source: where the rows are.
-        argument: what error messages call `source`.
-        forms: what error messages say that `source` can be.
-        required: a column that a data set must have.
-    """
-    if isinstance(source, str | os.PathLike):
-        rows = _read_json_lines(Path(source), argument)
-    elif hasattr(source, "column_names") and hasattr(source, "__getitem__"):
-        rows = _read_dataset(source, argument, required)
-    elif isinstance(source, Sequence):
-        rows = list(source)
-    else:
-        raise ValueError(f"`{argument}` must be {forms}, got {type(source).__name__}.")
-    if not rows:
-        raise ValueError(f"`{argument}` must hold at least one {argument.removesuffix('s')}, got none; pass {forms}.")
-    return rows
-
-
 def split_row(row: Any, where: str) -> tuple[PromptText, dict[str, Any]]:
-    """Splits one row into its prompt and its other columns.
+    """Splits one row into its prompt and its other columns, which hold plain Python values.
 
     Args:
         row: a string, a message list, or a dict with a `prompt` column.
@@ -187,7 +168,8 @@ def split_row(row: Any, where: str) -> tuple[PromptText, dict[str, Any]]:
         return check_prompt(row, where), {}
     if "prompt" not in row:
         raise ValueError(f'{where} must have a "prompt" column, got the columns {list(row)}; rename the one that holds the prompt.')
-    return check_prompt(row["prompt"], where), {str(name): value for name, value in row.items() if name != "prompt"}
+    columns = {str(name): python_value(value) for name, value in row.items() if name != "prompt"}
+    return check_prompt(python_value(row["prompt"]), where), columns
 
 
 def check_prompt(prompt: Any, where: str) -> PromptText:
@@ -197,7 +179,8 @@ def check_prompt(prompt: Any, where: str) -> PromptText:
     if not isinstance(prompt, Sequence) or not prompt:
         raise ValueError(f"{where} must be a string or a non-empty list of {{role, content}} messages, got {prompt!r}.")
     for message in prompt:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        # a message that only calls tools needs no content
+        if not isinstance(message, Mapping) or "role" not in message or not ("content" in message or message.get("tool_calls")):
             raise ValueError(f'{where} is a list, so it must hold messages with the keys "role" and "content", got {message!r}.')
     return [dict(message) for message in prompt]
 
@@ -208,29 +191,35 @@ def copy_prompt(prompt: PromptText) -> PromptText:
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[PromptText], where: str = "row {} of `prompts`"
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[PromptText],
+    where: str = "row {} of `prompts`",
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[IntArray]:
     """Tokenises prompts as a causal language model expects them.
 
-    Strings get the special tokens that the tokenizer puts in front (a BOS where it has one); an EOS that it appends by itself is dropped,
-    since the completion goes on from there. Message lists go through the chat template, which writes its own special tokens: none is added
-    a second time. A list that ends with an assistant message is continued; after any other the template's generation prompt follows.
+    Strings get the special tokens that the tokenizer puts in front (a BOS where it has one), unless they begin with them; an EOS that it
+    appends by itself is dropped, since the completion goes on from there. Message lists go through the chat template, which writes its own
+    special tokens: none is added a second time. A list that ends with an assistant message is continued; after any other the template's
+    generation prompt follows.
 
     Args:
         tokenizer: a transformers tokenizer.
         prompts: strings or message lists.
         where: what error messages call a prompt, with `{}` for its place.
+        columns: the other columns of the rows, one value per prompt; `textgym.conversations.TEMPLATE_COLUMNS` go into the chat template.
 
     Returns:
         One int64 array per prompt, each of at least one token.
     """
     strings = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
     encoded: list[list[int]] = [[]] * len(prompts)
-    for i, ids in zip(strings, _encode_strings(tokenizer, [str(prompts[i]) for i in strings]), strict=True):
+    for i, ids in zip(strings, encode_beginnings(tokenizer, [str(prompts[i]) for i in strings]), strict=True):
         encoded[i] = ids
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            encoded[i] = encode_plain(tokenizer, [conversation_text(tokenizer, prompt, where.format(i))])[0]
+            text = conversation_text(tokenizer, prompt, where.format(i), columns=row_columns(columns, i))
+            encoded[i] = encode_plain(tokenizer, [text])[0]
     for i, ids in enumerate(encoded):
         _check_ids(ids, len(tokenizer), prompts[i], where.format(i))
     return [np.array(ids, dtype=np.int64) for ids in encoded]
@@ -247,136 +236,3 @@ def _check_ids(ids: list[int], vocab_size: int, prompt: PromptText, where: str) 
             f"{where} has the token id {max(ids)}, but `len(tokenizer)` is {vocab_size}: the tokenizer's ids have holes; "
             "fill them with `tokenizer.add_tokens`."
         )
-
-
-def _encode_strings(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = _call(tokenizer, texts, add_special_tokens=True)
-    end = tokenizer.eos_token_id
-    suspects = [i for i, ids in enumerate(encoded) if len(ids) > 1 and ids[-1] == end]
-    if suspects:
-        plain = _call(tokenizer, [texts[i] for i in suspects], add_special_tokens=False)
-        for i, ids in zip(suspects, plain, strict=True):
-            # what ends the text by itself is the user's, one more end is the tokenizer's
-            if _trailing(encoded[i], end) > _trailing(ids, end):
-                encoded[i] = encoded[i][:-1]
-    return encoded
-
-
-def _trailing(ids: list[int], token: int) -> int:
-    """Returns how often `token` stands at the end."""
-    return len(list(takewhile(token.__eq__, reversed(ids))))
-
-
-def _call(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    # `truncation=False` also switches off a truncation that is stored in the tokenizer's own file.
-    batch = tokenizer(
-        texts, add_special_tokens=add_special_tokens, padding=False, truncation=False, return_attention_mask=False, verbose=False
-    )
-    return [list(ids) for ids in batch["input_ids"]]
-
-
-def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Returns the tokens of each text and nothing else: no BOS, no EOS, no truncation."""
-    return _call(tokenizer, list(texts), add_special_tokens=False) if texts else []
-
-
-def conversation_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str, *, as_prompt: bool = True) -> str:
-    """Returns a conversation in the words of the chat template.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        messages: the conversation.
-        where: what error messages call it.
-        as_prompt: it is to be gone on with: a last assistant message stays open, after any other the generation prompt follows.
-            Otherwise it is whole as it stands.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{where} is a list of messages, but the tokenizer has no chat template; "
-            "set `tokenizer.chat_template` or give the prompt as a string."
-        )
-    if not as_prompt:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    continued = messages[-1]["role"] == "assistant"
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued)
-    )
-
-
-class JsonLine(NamedTuple):
-    """A line of a file of JSON lines.
-
-    Attributes:
-        number: its place, counted from 1.
-        row: what it holds; None if it cannot be read.
-        problem: why it cannot be read, in a sentence that names it; None if it can.
-    """
-
-    number: int
-    row: Any
-    problem: str | None
-
-
-def iterate_json_lines(path: Path, argument: str) -> Iterator[JsonLine]:
-    """Reads a .jsonl or .jsonl.gz file line by line; blank lines are passed over, and a line that is broken hides no other.
-
-    Args:
-        path: the file.
-        argument: what error messages call it.
-
-    Raises:
-        ValueError: the path ends otherwise, or there is no file.
-    """
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(
-            f"`{argument}` given as a path must end in .jsonl or .jsonl.gz, got {str(path)!r}; "
-            f"pass one {argument.removesuffix('s')} as a list, `[...]`."
-        )
-    if not path.is_file():
-        raise ValueError(f"`{argument}` given as a path must be a file, and there is none at {str(path)!r}.")
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_line(number, line, f"`{argument}`: line {number} of {str(path)!r}")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield JsonLine(number + 1, None, f"`{argument}`: line {number + 1} of {str(path)!r} and what follows is broken gzip ({error}).")
-
-
-def _json_line(number: int, line: bytes, where: str) -> JsonLine:
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        return JsonLine(number, None, f"{where} is not UTF-8 ({error.reason}): {line.strip()[:80]!r}.")
-    try:
-        return JsonLine(number, json.loads(text), None)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        return JsonLine(number, None, f"{where} is not JSON ({reason}): {text.strip()[:80]!r}.")
-
-
-def _read_json_lines(path: Path, argument: str) -> list[Any]:
-    rows = []
-    for line in iterate_json_lines(path, argument):
-        if line.problem is not None:
-            raise ValueError(line.problem)
-        rows.append(line.row)
-    return rows
-
-
-def _read_dataset(dataset: Any, argument: str, required: str | None) -> list[Any]:
-    names = dataset.column_names
-    if not isinstance(names, list) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"`{argument}` must be one split of a map-style `datasets.Dataset`, got {type(dataset).__name__}; "
-            'choose a split (`dataset["train"]`) or make a list of an iterable data set.'
-        )
-    if required is not None and required not in names:
-        raise ValueError(
-            f'`{argument}` must have a "{required}" column, got the columns {names}; use `dataset.rename_column(..., "{required}")`.'
-        )
-    columns = dataset[:]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -5,7 +5,7 @@ C outputs of the reward model.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple, TypeAlias
@@ -19,10 +19,12 @@ from textgym.agents.common.offline_batches import TokenRows
 from textgym.agents.common.pieces import Piece
 from textgym.agents.common.segments import segment_pieces
 from textgym.agents.reward_model import RewardModel
-from textgym.feedback.records import Comparison, Judgements, Label, Marking, Ranking, Record, Segment, SegmentPair
+from textgym.conversations import template_columns
+from textgym.feedback.records import Comparison, Judgements, Label, Marking, Ranking, Record, Segment, SegmentPair, Text
 from textgym.rewards.segmenters import Segmenter
 
 Pair: TypeAlias = tuple[int, int, float, float]  # i, j, P(i ≻ j), margin
+Answered: TypeAlias = Comparison | Ranking | Judgements | Label
 
 
 class LeftOut(NamedTuple):
@@ -89,16 +91,16 @@ def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entr
         ValueError: the record does not suit the model.
     """
     if isinstance(record, Comparison):
-        pieces = model.encode([record.prompt] * 2, [record.chosen, record.rejected])
+        pieces = _encode(model, record, [record.chosen, record.rejected])
         pairs = [(0, 1, record.preference, record.margin)]
         return Entry("compared", pieces, repr(record.prompt), record.weight, pairs)
     if isinstance(record, Ranking):
-        pieces = model.encode([record.prompt] * len(record.completions), record.completions)
+        pieces = _encode(model, record, record.completions)
         ranked = [sorted(pair, key=record.ranks.__getitem__) for pair in combinations(range(len(pieces)), 2)]
         pairs = [(i, j, 1.0, 0.0) for i, j in ranked if record.ranks[i] < record.ranks[j]]
         return Entry("ranked", pieces, repr(record.prompt), record.weight, pairs, record.ranks)
     if isinstance(record, Judgements):
-        pieces = model.encode([record.prompt] * len(record.completions), record.completions)
+        pieces = _encode(model, record, record.completions)
         pairs = [(one.first, one.second, (one.z + 1) / 2, 0.0) for one in record.judgements]
         return Entry("compared", pieces, repr(record.prompt), record.weight, pairs)
     if isinstance(record, SegmentPair):
@@ -107,20 +109,38 @@ def read_entry(record: Record, model: RewardModel, segmenter: Segmenter) -> Entr
         pieces = [_piece(segment) for segment in (record.first, record.second)]
         return Entry("compared", pieces, repr(record.first.prompt_ids), record.weight, [(0, 1, record.preference, 0.0)])
     if isinstance(record, Label):
-        pieces = model.encode([record.prompt], [record.completion])
+        pieces = _encode(model, record, [record.completion])
         return Entry("labelled", pieces, repr(record.prompt or record.completion), record.weight, clean=np.array([[record.good]]))
     if isinstance(record, Marking):
         unknown = {span.category for span in record.spans} - set(model.output_names)
         if unknown:
             raise ValueError(f"marks {sorted(unknown)}, but the reward model's outputs are {model.output_names} (`output_names=`)")
-        pieces, clean = segment_pieces(model, record.prompt, record.completion, record.spans, segmenter)
+        pieces, clean = segment_pieces(model, record, segmenter)
         return Entry("marked", pieces, repr(record.prompt or record.completion), record.weight, clean=clean)
     raise ValueError(f"is a {type(record).__name__}, from which no reward is learned; let a judge turn it into another form")
+
+
+def _encode(model: RewardModel, record: Answered, completions: Sequence[Text]) -> list[Piece]:
+    """Encodes the completions of a record, whose own columns may hold what goes into a chat template."""
+    columns = {name: [value] * len(completions) for name, value in template_columns(record.columns).items()}
+    return model.encode([record.prompt] * len(completions), completions, columns)
 
 
 def _piece(segment: Segment) -> Piece:
     ids = [*segment.prompt_ids, *segment.completion_ids[: segment.end]]
     return Piece(ids, len(segment.prompt_ids) + segment.start, len(ids))
+
+
+def check_entries(entries: Mapping[int, Entry], tokenizer: Any) -> None:
+    """Warns where much of the texts of records, by their places, is unknown to the reward model's tokenizer."""
+    numbers = list(entries)
+    texts = TokenRows([_all_ids(entry) for entry in entries.values()])
+    texts.check_known(tokenizer, "`feedback`", lambda row: f"record {numbers[row]} of `feedback`")
+
+
+def _all_ids(entry: Entry) -> list[int]:
+    """Returns the tokens of the different texts of a record, one after the other."""
+    return [token for ids in dict.fromkeys(tuple(piece.ids) for piece in entry.pieces) for token in ids]
 
 
 class Group(NamedTuple):
@@ -183,6 +203,8 @@ class FeedbackSet:
         entries: the records.
         num_outputs: C.
         left_out: the records of the source that are not among them.
+        names: what error messages call each, N; by default its place.
+        same_answers: what they call the records that were left out because their answers are the same tokens.
 
     Attributes:
         left_out: the same.
@@ -190,7 +212,16 @@ class FeedbackSet:
         pass_tokens: (N,) int64, the longest text of each record times the texts that a record has at most.
     """
 
-    def __init__(self, entries: Sequence[Entry], num_outputs: int, left_out: LeftOut = LeftOut()) -> None:  # noqa: B008  (immutable)
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        num_outputs: int,
+        left_out: LeftOut = LeftOut(),  # noqa: B008  (immutable)
+        names: Sequence[str] = (),
+        same_answers: Sequence[str] = (),
+    ) -> None:
+        self.same_answers = same_answers
+        self.names = list(names) or [f"record {number}" for number in range(len(entries))]
         self.entries, self.num_outputs, self.left_out = list(entries), num_outputs, left_out
         texts: dict[tuple[int, ...], int] = {}
         pieces: dict[tuple[int, int, int], int] = {}
@@ -251,6 +282,11 @@ class FeedbackSet:
                     clean[row, :count] = torch.from_numpy(entry.clean)
             tables = (places, present, self.weights[rows], preferences, judged, margins, ranks, clean)
             yield Group(kind, torch.tensor(rows), *(table.to(device) for table in tables))
+
+    def same_sides(self) -> npt.NDArray[np.bool_]:
+        """Returns which records compare answers or segments that are all the same tokens, (N,)."""
+        compared = (entry.kind in ("compared", "ranked") for entry in self.entries)
+        return np.array([one and len(set(places)) == 1 for one, places in zip(compared, self._places, strict=True)])
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types."""

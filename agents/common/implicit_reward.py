@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from textgym.agents.policy import CausalLMPolicy
+from textgym.conversations import with_template_columns
 from textgym.prompts import PromptText
 
 
@@ -29,10 +30,11 @@ class ImplicitReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[PromptText], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-        """Returns one reward per completion."""
+        """Returns one reward per completion; of the other columns those that go into a chat template are looked at."""
         rewards: list[float] = []
+        asked = with_template_columns(prompts, columns)
         for start in range(0, len(prompts), self.batch_size):
-            prompt_ids, prompt_lengths = self.policy.encode_prompts(list(prompts[start : start + self.batch_size]))
+            prompt_ids, prompt_lengths = self.policy.encode_prompts(asked[start : start + self.batch_size])
             rows = [torch.tensor(ids) for ids in completion_ids[start : start + self.batch_size]]
             lengths = torch.tensor([len(row) for row in rows], device=prompt_ids.device)
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(prompt_ids.device)

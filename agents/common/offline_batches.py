@@ -5,11 +5,12 @@ completions in it, T tokens.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from textgym.agents.common.masking import completion_mask_from_lengths
 from textgym.agents.common.offline_rows import Example
 from textgym.agents.common.offline_tokens import TokenisedExample
 from textgym.types import IntArray
+from textgym.unknown_tokens import check_known
 
 
 class TokenRows:
@@ -40,6 +42,10 @@ class TokenRows:
         columns = np.arange(lengths.max()) - (lengths.max() - lengths if left else 0)
         real = (columns >= 0) & (columns < lengths)
         return torch.from_numpy(np.where(real, self._tokens[np.where(real, self._starts[indices, None] + columns, 0)], 0))
+
+    def check_known(self, tokenizer: Any, what: str, name: Callable[[int], str]) -> None:
+        """Warns where many tokens are unknown to their tokenizer; see `textgym.unknown_tokens.check_known`."""
+        check_known(tokenizer, self._tokens, self.lengths, what, name)
 
     def checksum(self) -> int:
         """A number that other rows hardly have."""
@@ -107,6 +113,7 @@ class ExampleSet:
     Args:
         examples: the rows.
         tokens: their ids.
+        names: what error messages call each, N; by default its place.
 
     Attributes:
         num_tokens: (N,) int64, completion tokens of each example, all its completions together.
@@ -115,7 +122,8 @@ class ExampleSet:
         places: (N,) int64, which row of its source each example was; rows that `max_tokens` left out are missing.
     """
 
-    def __init__(self, examples: Sequence[Example], tokens: Sequence[TokenisedExample]) -> None:
+    def __init__(self, examples: Sequence[Example], tokens: Sequence[TokenisedExample], names: Sequence[str] = ()) -> None:
+        self.names = list(names) or [f"row {number}" for number in range(len(tokens))]
         prompts: dict[tuple[int, ...], int] = {}
         pairs: dict[tuple[int, tuple[int, ...]], int] = {}
         index = np.full((len(tokens), max(len(row.completions) for row in tokens)), -1, dtype=np.int64)
@@ -189,6 +197,12 @@ class ExampleSet:
             weights=self.weights[rows].to(device),
             reference_log_probs=None if reference is None else reference[completions].to(device),
         )
+
+    def same_sides(self) -> npt.NDArray[np.bool_]:
+        """Returns which examples compare completions that are all the same tokens, (N,)."""
+        present = self.index >= 0
+        same = ((self.index == self.index[:, :1]) | ~present).all(1) & (present.sum(1) > 1)
+        return np.asarray(same.numpy())
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types."""

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from textgym.feedback.columns import answer_of, has_columns, number_of, shown, verdict_of, wrong_columns
+from textgym.conversations import template_columns
+from textgym.feedback.answers import answers_of
+from textgym.feedback.columns import has_columns, number_of, shown, verdict_of, wrong_columns
 from textgym.feedback.reading import Feedback
 from textgym.feedback.records import Comparison, Label, Ranking, Record
 from textgym.feedback.rows import form_of, is_record, parse_label, row_to_record
-from textgym.prompts import PromptText, check_prompt, read_rows
+from textgym.prompts import PromptText, check_prompt
+from textgym.rows import FILES, read_rows, row_name
 
 Ids: TypeAlias = list[int]
 Text: TypeAlias = PromptText | Ids
 
-FORMS = "a list of dicts or of feedback records, the path of a .jsonl or .jsonl.gz file, or a `datasets.Dataset`"
+FORMS = f"a list of dicts or of feedback records, the path of {FILES}, a `datasets.Dataset` or a pandas DataFrame"
 
 
 class Example(NamedTuple):
@@ -33,12 +36,14 @@ class Example(NamedTuple):
         completions: what answers it, each of one of these forms; of several the best first.
         label: P(first ≻ second) of a pair, 1 or 0 for desirable or not, else 1.
         weight: how much the row counts, relative to the others.
+        columns: what goes into its chat template beside the messages, `textgym.conversations.TEMPLATE_COLUMNS`.
     """
 
     prompt: Text | None
     completions: list[Text]
     label: float = 1.0
     weight: float = 1.0
+    columns: Mapping[str, Any] = {}
 
 
 RowParser: TypeAlias = Callable[[Mapping[str, Any] | Record, str], Example]
@@ -56,15 +61,15 @@ def read_examples(source: Any, argument: str, parse: RowParser) -> tuple[list[Ex
         The rows, and how error messages name one, with `{}` for its place.
     """
     rows = read_rows(source.records if isinstance(source, Feedback) else source, argument, forms=FORMS)
-    where = f"row {{}} of {str(source)!r}" if isinstance(source, str) or hasattr(source, "__fspath__") else f"row {{}} of `{argument}`"
-    where = where if where.count("{}") == 1 else f"row {{}} of `{argument}`"
+    where = row_name(source, argument)
     examples = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) and not is_record(row):
             raise ValueError(f"{where.format(number)} must be a dict of columns, got {shown(row)}.")
         example = parse(row, where.format(number))
-        columns = row if isinstance(row, Mapping) else {"weight": row.weight}
-        examples.append(example._replace(weight=number_of(columns, "weight", 1.0, where.format(number), 0.0, math.inf)))
+        columns = row if isinstance(row, Mapping) else {**row.columns, "weight": row.weight}
+        weight = number_of(columns, "weight", 1.0, where.format(number), 0.0, math.inf)
+        examples.append(example._replace(weight=weight, columns=template_columns(columns)))
     if not any(example.weight for example in examples):
         raise ValueError(f"`{argument}` must have at least one row with a `weight` above 0.")
     return examples, where
@@ -79,7 +84,8 @@ def supervised_row(row: Mapping[str, Any] | Record, where: str) -> Example:
     if has_columns(row, "prompt_ids", "completion_ids"):
         return Example(_ids(row["prompt_ids"], where, "prompt_ids"), [_ids(row["completion_ids"], where, "completion_ids")])
     if has_columns(row, "prompt", "completion"):
-        return Example(check_prompt(row["prompt"], f"the prompt of {where}"), [answer_of(row["completion"], where, "completion")])
+        prompt, completions = answers_of(row["prompt"], [row["completion"]], where, ["completion"])
+        return Example(prompt, list(completions))
     if has_columns(row, "messages"):
         messages = check_prompt(row["messages"], f"`messages` of {where}")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":

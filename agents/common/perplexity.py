@@ -1,9 +1,9 @@
 """How probable texts are under a policy: nats per token, and perplexity. Under the reference: how fluent a trained policy still is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ import torch
 from textgym.agents.common.sampling import Sampling
 from textgym.agents.policy import CausalLMPolicy
 from textgym.prompts import PromptText
+
+Rows: TypeAlias = Sequence[PromptText | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Perplexity:
 
 
 def perplexity(
-    policy: CausalLMPolicy, prompts: Sequence[PromptText], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 64
+    policy: CausalLMPolicy,
+    prompts: Sequence[PromptText | Mapping[str, Any]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 64,
 ) -> Perplexity:
     """Returns the perplexity of completions under a policy; see `completion_nats` for the arguments."""
     nats = completion_nats(policy, prompts, completion_ids, batch_size=batch_size)
@@ -45,13 +51,17 @@ def perplexity(
 
 @torch.no_grad()
 def completion_nats(
-    policy: CausalLMPolicy, prompts: Sequence[PromptText], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 64
+    policy: CausalLMPolicy,
+    prompts: Sequence[PromptText | Mapping[str, Any]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 64,
 ) -> npt.NDArray[np.float64]:
     """Returns −log π(y|x) of completions in nats, (N,), under the model itself: temperature 1, nothing truncated.
 
     Args:
         policy: π.
-        prompts: N texts or message lists.
+        prompts: N texts or message lists, or dicts with a `prompt` column.
         completion_ids: N lists of at least one token of the policy's tokenizer, EOS included.
         batch_size: completions scored at once.
     """

@@ -13,6 +13,7 @@ from textgym.agents.common.item_order import ItemOrder
 from textgym.agents.common.masking import reduce_tokens
 from textgym.agents.common.sampling import Sampling
 from textgym.agents.policy import CausalLMPolicy
+from textgym.encoding import encode_whole
 
 
 class PretrainingMix:
@@ -24,7 +25,8 @@ class PretrainingMix:
     temperature 1, the whole vocabulary.
 
     Args:
-        policy: whose model it is; its tokenizer reads the texts, with the special tokens that it puts there itself and no other.
+        policy: whose model it is; its tokenizer reads the texts, with the special tokens that it puts there itself, none
+            of those in front twice, and no other.
         texts: strings or id lists, of at least two tokens each.
         coefficient: γ_ptx, above 0, in units of loss per nat and token.
         batch_size: texts per optimiser step.
@@ -88,7 +90,7 @@ def _checked_rows(policy: CausalLMPolicy, texts: Sequence[str | Sequence[int]]) 
     limit = policy.backbone.max_positions
     rows = []
     for index, text in enumerate(texts):
-        row = [int(token) for token in (policy.tokenizer(text)["input_ids"] if isinstance(text, str) else text)]
+        row = [int(token) for token in (encode_whole(policy.tokenizer, [text])[0] if isinstance(text, str) else text)]
         if len(row) < 2 or (limit is not None and len(row) > limit):
             bound = "at least 2 tokens" if limit is None else f"from 2 to {limit} tokens, what the model has positions for"
             raise ValueError(f"`ptx_texts` must be texts of {bound}; number {index} has {len(row)}.")

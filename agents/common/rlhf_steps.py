@@ -75,13 +75,13 @@ def readable_prompts(
 
 def sample_completions(
     policy: CausalLMPolicy,
-    prompts: Sequence[PromptText],
+    prompts: Sequence[PromptText | Mapping[str, Any]],
     max_new_tokens: int,
     seed: int,
     num_generations: int = 1,
     progress_bar: bool = False,
 ) -> list[str]:
-    """Returns completions of prompts, `num_generations` neighbours each."""
+    """Returns completions of prompts (or of rows with them), `num_generations` neighbours each."""
     generator = torch.Generator(policy.device).manual_seed(seed)
     texts: list[str] = []
     with counting_bar("sampling", len(prompts), shown=progress_bar) as advance:
@@ -111,7 +111,7 @@ def sample_pairs(
     rng = np.random.default_rng(seed)
     passes = [rng.permutation(len(prompts)) for _ in range(-(-num_pairs // len(prompts)))]
     chosen = prompts.select(np.concatenate(passes)[:num_pairs].tolist())
-    texts = sample_completions(policy, chosen.texts, max_new_tokens, seed, 2, progress_bar)
+    texts = sample_completions(policy, chosen.as_rows(), max_new_tokens, seed, 2, progress_bar)
     return [{**row, "completions": texts[2 * i : 2 * i + 2]} for i, row in enumerate(chosen.as_rows())]
 
 
@@ -156,16 +156,17 @@ def fit_reward_model(
     """
     train, held_out = split_by_prompt(comparisons, HELD_OUT, seed)
     model = RewardModel.from_policy(reference, seed=seed)
-    trainer = RewardModelTrainer(model, train, seed=seed, **options)
+    trainer = RewardModelTrainer(model, None, seed=seed, **options)
+    trainer.connect(train, sampled=True)
     assert trainer.examples is not None
     # All that could fail for what is given comes before the training.
     measured, not_measured = _read_held_out(trainer, held_out)
     rng = np.random.default_rng(seed)
     drawn = prompts.select(rng.integers(len(prompts), size=NORMALISED_ON).tolist())
-    texts = sample_completions(reference, drawn.texts, max_new_tokens, seed, progress_bar=progress_bar)
-    normalised_on = _readable(trainer, drawn.texts, texts)
+    texts = sample_completions(reference, drawn.as_rows(), max_new_tokens, seed, progress_bar=progress_bar)
+    drawn, texts = _readable(trainer, drawn, texts)
     trainer.learn(progress_bar=progress_bar)
-    model.normalise(*normalised_on, progress_bar=progress_bar)
+    model.normalise(drawn.texts, texts, columns=drawn.columns, progress_bar=progress_bar)
     report = None if measured is None else trainer.evaluate(measured, progress_bar=progress_bar)
     training = {"records": len(trainer.examples), "left_out": trainer.examples.left_out._asdict()}
     return Fitted(model, report, training, not_measured)
@@ -181,14 +182,14 @@ def _read_held_out(trainer: RewardModelTrainer, held_out: Sequence[Comparison]) 
         return None, f"none of the {len(held_out):,} held-out comparisons can be measured: {error}"
 
 
-def _readable(trainer: RewardModelTrainer, prompts: Sequence[PromptText], completions: Sequence[str]) -> tuple[list[PromptText], list[str]]:
+def _readable(trainer: RewardModelTrainer, prompts: PromptRows, completions: Sequence[str]) -> tuple[PromptRows, list[str]]:
     """Returns the completions, with their prompts, that are no longer than what the reward model reads and learns from."""
     limit = min((one for one in (trainer.max_tokens, trainer.reward_model.limit) if one is not None), default=None)
-    pieces = trainer.reward_model.encode(prompts, completions)
+    pieces = trainer.reward_model.encode(prompts.texts, completions, prompts.columns)
     kept = [place for place, piece in enumerate(pieces) if limit is None or len(piece.ids) <= limit]
     if not kept:
         raise ValueError(
             f"`prompts` must have completions of at most {limit} tokens, prompt included, on which the reward is normalised; all of "
             f"{len(pieces)} are longer: give shorter prompts, or raise `max_tokens`."
         )
-    return [prompts[place] for place in kept], [completions[place] for place in kept]
+    return prompts.select(kept), [completions[place] for place in kept]

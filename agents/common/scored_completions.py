@@ -11,6 +11,7 @@ from textgym.agents.common.generation import Generation
 from textgym.agents.common.offline_rows import Example, Ids
 from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.policy import CausalLMPolicy
+from textgym.conversations import row_columns
 from textgym.pending import Pending
 from textgym.prompts import PromptSet, PromptText, read_prompts
 from textgym.rewards.compose import EpisodeBatch, RewardSet, Scores, TokenScores
@@ -108,6 +109,7 @@ def text_ids(policy: CausalLMPolicy, prompts: PromptRows, texts: Sequence[str], 
     Returns:
         the ids of the prompts, and those of the completions.
     """
-    examples = [Example(prompt, [text]) for prompt, text in zip(prompts.texts, texts, strict=True)]
+    rows_of_texts = enumerate(zip(prompts.texts, texts, strict=True))
+    examples = [Example(prompt, [text], columns=row_columns(prompts.columns, row)) for row, (prompt, text) in rows_of_texts]
     rows = tokenise(examples, policy.tokenizer, policy.eos_token_ids, where, append_eos=True)
     return [row.prompt for row in rows], [row.completions[0] for row in rows]

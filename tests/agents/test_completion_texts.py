@@ -14,7 +14,7 @@ from textgym.agents.common.offline_tokens import tokenise
 from textgym.agents.common.segments import segment_pieces
 from textgym.agents.common.win_rate_evaluation import WinRateEvaluation
 from textgym.agents.rejection_sampling import keep_best
-from textgym.feedback.records import Span
+from textgym.feedback.records import Marking, Span
 from textgym.rewards import segment_level
 from textgym.tokenizers import decode
 
@@ -144,8 +144,8 @@ def test_a_text_that_was_sampled_is_read_back_as_its_tokens(policy: CausalLMPoli
 def test_markings_find_the_tokens_of_a_text_with_a_leading_space(policy: CausalLMPolicy, per_token: bool, completion: str) -> None:
     model = RewardModel.from_policy(policy, per_token=per_token, output_names=["wrong"])
     start = completion.index("to")
-    spans = [Span("wrong", start, start + 2)]
-    pieces, clean = segment_pieces(model, "a", completion, spans, lambda segment, ids: True)
+    marking = Marking("a", completion, (Span("wrong", start, start + 2),))
+    pieces, clean = segment_pieces(model, marking, lambda segment, ids: True)
     marked = [piece for piece, row in zip(pieces, clean, strict=True) if not row[0]]
     (token,) = {policy.tokenizer.convert_ids_to_tokens(piece.ids[piece.end - 1]) for piece in marked}
     assert token == "▁to" and np.count_nonzero(~clean) == 1

@@ -174,3 +174,15 @@ def test_soft_labels_count_in_a_data_set_that_has_rankings_too(task) -> None:
     both = agent.evaluate([{**pair, "preference": 0.3}, ranking])["train/loss"]
     assert losses[2] == pytest.approx(0.7 * losses[0] + 0.3 * losses[1], abs=1e-5)
     assert both == pytest.approx((losses[2] + agent.evaluate([ranking])["train/loss"]) / 2, abs=1e-5)
+
+
+SAME = {"prompt_ids": [0], "chosen_ids": [1, 2], "rejected_ids": [1, 2]}
+OTHER = {"prompt_ids": [0], "chosen_ids": [1, 2], "rejected_ids": [2]}
+
+
+def test_pairs_of_the_same_tokens_are_counted_and_all_of_them_are_refused(task) -> None:
+    with pytest.warns(UserWarning, match=r"2 of 3 rows of `preferences` have answers that are the same tokens.*row 0 .*, row 2 ") as said:
+        agent = DPO(task.policy(), [SAME, OTHER, SAME], seed=0)
+    assert len(said) == 1 and len(agent.examples) == 3
+    with pytest.raises(ValueError, match="answers of every row are the same tokens"):
+        DPO(task.policy(), [SAME, SAME], seed=0)

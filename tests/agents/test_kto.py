@@ -108,3 +108,40 @@ def test_mass_moves_to_what_is_desirable_often_enough(device, undesirable_weight
     good = np.isin(probability, gains)
     before, after = ((np.exp(tree.log_probs(model)) * good).sum(axis=1) for model in (agent.reference, policy))
     assert (before < 0.995).all() and (after > 0.99).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(2, 2, [2]), (3, 2, [3]), (5, 2, [3, 2]), (7, 2, [3, 2, 2]), (5, 4, [3, 2]), (4, 3, [2, 2]), (9, 8, [5, 4]), (7, 3, [3, 2, 2])],
+)
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_no_step_has_a_single_example(
+    task, count: int, batch_size: int, sizes: list[int], micro_batch_size: int | None, monkeypatch
+) -> None:
+    rows = [{**ROWS[place % 4], "prompt_ids": [place % 3, place % 2]} for place in range(count)]
+    agent = KTO(task.policy(seed=3), rows, batch_size=batch_size, n_epochs=2, seed=0, micro_batch_size=micro_batch_size)
+    found, own = [], agent.estimate_kl
+    monkeypatch.setattr(agent, "estimate_kl", lambda examples, rows: (found.append(len(rows)), own(examples, rows))[1])
+    agent.learn()
+    assert found == sizes * 2
+
+
+def test_a_run_of_uneven_steps_is_resumed_exactly(task, tmp_path) -> None:
+    rows = [{**ROWS[place % 4], "prompt_ids": [place % 3, place % 2]} for place in range(7)]
+    options = {"batch_size": 2, "n_epochs": 2, "seed": 0, "learning_rate": 1e-2}
+    whole = KTO(task.policy(seed=3), rows, **options).learn()
+    half = KTO(task.policy(seed=3), rows, **options).learn(1)  # one step of three
+    half.save(tmp_path / "half")
+    resumed = KTO.load(tmp_path / "half", rows, device=half.policy.device).learn(reset_num_timesteps=False)
+    for one, other in zip(whole.policy.model.parameters(), resumed.policy.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_single_example_has_no_mismatched_pair(task) -> None:
+    agent = displaced(task, 3)
+    h = float(log_ratio(agent, ROWS[0]["prompt_ids"], ROWS[0]["completion_ids"]).detach())
+    numbers = agent.evaluate(ROWS[:1])
+    assert numbers["train/kl"] == 0.0
+    assert numbers["train/loss"] == pytest.approx(1 - 1 / (1 + np.exp(-agent.beta * h)), abs=1e-5)
+    with pytest.raises(ValueError, match="`examples` must hold at least 2 rows to train KTO on, got 1"):
+        KTO(task.policy(), ROWS[:1], seed=0)

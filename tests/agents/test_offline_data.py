@@ -12,6 +12,7 @@ import torch
 from textgym.agents.common.offline_batches import ExampleSet
 from textgym.agents.common.offline_rows import Example, labelled_row, preference_row, read_examples, supervised_row
 from textgym.agents.common.offline_tokens import TokenisedExample, tokenise
+from textgym.agents.common.same_sides import check_sides
 from textgym.feedback import Comparison, Label, Ranking, read_feedback, to_demonstrations, write_feedback
 
 TEMPLATE = (
@@ -80,7 +81,7 @@ def test_a_tokenizers_own_bos_stands_before_the_prompt_only(tokenizer) -> None:
     assert second == ([bos], [[a, b, eos]])
 
 
-def test_a_tokenizer_that_adds_a_space_of_its_own_does_not_add_a_second_one() -> None:
+def test_a_tokenizer_that_adds_a_space_of_its_own_adds_none_behind_a_prompt() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +99,58 @@ def test_a_tokenizer_that_adds_a_space_of_its_own_does_not_add_a_second_one() ->
     for kind in (llama_like, mistral_like):
         examples, where = read_examples([{"prompt": "b", "chosen": " a", "rejected": "a"}], "preferences", preference_row)
         (row,) = tokenise(examples, kind, [0], where, append_eos=True)
-        assert row.completions == [[4, 0], [4, 0]]
+        assert row.completions == [[4, 0], [2, 0]]  # "▁a" and "a": the prompt goes on, no text begins
+
+
+def test_a_completion_ends_at_its_first_end(ids) -> None:
+    assert ids([{"prompt": "a", "completion": "b<eos>cd"}]) == [("a", ["b<eos>"])]
+    assert ids([{"prompt": "a", "completion": "b<eos><eos>"}], append_eos=False) == [("a", ["b<eos>"])]
+    pair = {"prompt": "a", "chosen": "b<eos>c", "rejected": "<eos>c"}
+    assert ids([pair], preference_row) == [("a", ["b<eos>", "<eos>"])]
+    assert ids([{"text": "ab<eos>cd"}]) == [("a", ["b<eos>cd<eos>"])]  # of a plain text all counts
+
+
+def test_a_begun_answer_is_gone_on_with_in_every_algorithm(ids) -> None:
+    begun, rest = [USER, {"role": "assistant", "content": "ye"}], {"role": "assistant", "content": "s"}
+    wanted = "?user?hi<eos>\n?assistant?ye"
+    assert ids([{"prompt": begun, "completion": [rest]}], chat=True) == [(wanted, ["s<eos>"])]
+    assert ids([{"prompt": begun, "chosen": [rest], "rejected": [BAD]}], preference_row, chat=True) == [(wanted, ["s<eos>", "no<eos>"])]
+    assert ids([{"prompt": begun, "completion": [rest], "label": True}], labelled_row, chat=True) == [(wanted, ["s<eos>"])]
+    assert ids([Comparison(begun, [rest], [BAD])], preference_row, chat=True) == [(wanted, ["s<eos>", "no<eos>"])]
+
+
+@pytest.mark.parametrize(
+    ("parse", "row"),
+    [
+        (supervised_row, {"prompt": [USER], "completion": [ANSWER]}),
+        (supervised_row, {"messages": [USER, ANSWER]}),
+        (preference_row, {"prompt": [USER], "chosen": [ANSWER], "rejected": [BAD]}),
+        (preference_row, {"chosen": [USER, ANSWER], "rejected": [USER, BAD]}),
+        (labelled_row, {"prompt": [USER], "completion": [ANSWER], "label": True}),
+        (preference_row, Comparison([USER], [ANSWER], [BAD], columns={"chat_template_kwargs": {"language": "latin"}})),
+    ],
+)
+def test_columns_for_the_chat_template_reach_it(ids, tokenizer, monkeypatch, parse, row) -> None:
+    monkeypatch.setitem(globals(), "TEMPLATE", "{{ language }}" + TEMPLATE)
+    if isinstance(row, dict):
+        row = {**row, "chat_template_kwargs": {"language": "latin"}}
+    ((prompt, (answer, *_)),) = ids([row], parse, chat=True)
+    assert prompt == "latin?user?hi<eos>\n?assistant?" and answer == "yes<eos>"
+
+
+@pytest.mark.parametrize(
+    ("parse", "row"),
+    [
+        (supervised_row, {"messages": [{"role": "system", "content": "x"}, USER, ANSWER]}),
+        (preference_row, {"prompt": [{"role": "system", "content": "x"}, USER], "chosen": [ANSWER], "rejected": [BAD]}),
+        (labelled_row, {"prompt": [{"role": "system", "content": "x"}, USER], "completion": [ANSWER], "label": False}),
+    ],
+)
+def test_a_refusal_of_the_chat_template_names_the_row(ids, monkeypatch, parse, row) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    monkeypatch.setitem(globals(), "TEMPLATE", refusing + TEMPLATE)
+    with pytest.raises(ValueError, match=r"row 0 of `examples`: the chat template refuses .* no system"):
+        ids([row], parse, chat=True)
 
 
 def test_preferences_labels_and_weights() -> None:
@@ -239,3 +291,26 @@ def test_fingerprints_tell_data_apart() -> None:
     assert example_set().fingerprint() == example_set().fingerprint()
     other = ExampleSet([Example("", [])], [TokenisedExample([5], [[6, 7], [9]])])
     assert other.fingerprint()["checksum"] != example_set().fingerprint()["checksum"]
+
+
+def test_rows_whose_sides_are_the_same_are_found() -> None:
+    tokens = [
+        TokenisedExample([5], [[6, 7], [6, 7]]),
+        TokenisedExample([5], [[6, 7], [6, 7], [6, 7]]),
+        TokenisedExample([5], [[6, 7], [6, 7], [8]]),
+        TokenisedExample([5], [[6, 7]]),
+        TokenisedExample([4], [[6, 7], [8]]),
+    ]
+    assert ExampleSet([Example("", [])] * 5, tokens).same_sides().tolist() == [True, True, False, False, False]
+
+
+def test_the_same_sides_are_counted_once_and_all_are_refused() -> None:
+    names = [f"row {number} of `preferences`" for number in range(9)]
+    same = np.array([True, False, True, True, True, True, True, False, True])
+    with pytest.warns(UserWarning, match=r"7 of 9 rows of `preferences` .* \(row 0 of `preferences`, row 2 .* and 2 more\)") as said:
+        check_sides(same, names, "preferences")
+    assert len(said) == 1
+    check_sides(~np.ones(9, dtype=bool), names, "preferences")
+    check_sides(np.zeros(0, dtype=bool), [], "preferences")
+    with pytest.raises(ValueError, match="answers of every row are the same tokens"):
+        check_sides(np.ones(9, dtype=bool), names, "preferences")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
-from textgym.agents import PPO, CausalLMPolicy, RewardModel, ValueModel
+from textgym.agents import PPO, CausalLMPolicy, RewardModel, RewardModelTrainer, ValueModel
+from textgym.feedback import Comparison
 from textgym.rewards import ClassifierReward, RewardSet, segment_level
 from textgym.wrappers.vector import KLShaping
 
@@ -332,3 +333,35 @@ def test_bad_arguments(policy, tmp_path: Path) -> None:
     if policy.backbone.max_positions is not None:
         with pytest.raises(ValueError, match="more than the 128 that"):
             RewardModel.from_policy(policy).score_texts(["a" * 200], [""])
+
+
+STRICT = (
+    "{% for m in messages %}{% if loop.index0 > 0 and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ style or '' }}{{ m.role[0] }}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_begun_answers_and_columns_for_the_template_reach_reward_models(policy: CausalLMPolicy, per_token: bool) -> None:
+    model = RewardModel.from_policy(policy, per_token=per_token)
+    model.tokenizer.chat_template = STRICT
+    prompt = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"}]
+    answer, columns = [{"role": "assistant", "content": "ef"}], {"chat_template_kwargs": [{"style": "x"}]}
+    (piece,) = model.encode([prompt], [answer])
+    assert model.tokenizer.decode(piece.ids).startswith("uabc.adef.")
+    (piece,) = model.encode([prompt], [answer], columns)
+    assert model.tokenizer.decode(piece.ids).startswith("xuabc.xadef.")
+    records = [Comparison(prompt, answer, [{"role": "assistant", "content": "g"}], columns={"chat_template_kwargs": {"style": "x"}})]
+    (entry,) = RewardModelTrainer(model, records).examples.entries
+    assert [model.tokenizer.decode(one.ids).split(".xa")[1][:3] for one in entry.pieces] == ["def", "dg."]
+    assert model([prompt], [answer], **columns) == model([prompt], [answer], **columns) != model([prompt], [answer])
+
+
+def test_a_policy_completes_rows_with_columns_for_the_template(policy: CausalLMPolicy) -> None:
+    policy.tokenizer.chat_template = STRICT
+    rows = [{"prompt": [{"role": "user", "content": "abc"}], "chat_template_kwargs": {"style": "x"}, "answer": 1}, "ab"]
+    ids, lengths = policy.encode_prompts(rows)
+    texts = [policy.tokenizer.decode(row[-length:]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    policy.tokenizer.chat_template = None
+    assert texts == ["xuabc.a", "ab"]

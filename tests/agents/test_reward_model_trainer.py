@@ -491,3 +491,12 @@ def test_what_it_cannot_train(policy) -> None:
     for interval in (0, 1.5):
         with pytest.raises(ValueError, match="`interval` must be"):
             HeldOut([], interval=interval)  # type: ignore[arg-type]
+
+
+def test_records_whose_answers_are_the_same_tokens_are_counted(policy) -> None:
+    model = RewardModel.from_policy(policy)
+    same = [Comparison(PROMPT, "yes", "yes"), Ranking(PROMPT, ("no", "no", "no"), (1, 2, 2))]
+    with pytest.warns(UserWarning, match=r"2 of 4 rows of `feedback` have answers that are the same .*record 0 .*, record 2 "):
+        RewardModelTrainer(model, [same[0], Comparison(PROMPT, "yes", "no"), same[1], Label(PROMPT, "yes", True)])
+    with pytest.raises(ValueError, match="`feedback` must have answers that differ"):
+        RewardModelTrainer(model, same)

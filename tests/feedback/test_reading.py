@@ -23,6 +23,7 @@ from textgym.feedback import (
     read_feedback,
     write_feedback,
 )
+from textgym.feedback.columns import verdict_of
 
 USER, YES, NO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 SEGMENT = {"prompt_ids": [1], "completion_ids": [2, 3, 4], "start": 1, "end": 3}
@@ -279,10 +280,16 @@ def test_wrong_options(options: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("no.jsonl", "there is none"), ("rows.json", r"must end in .jsonl or .jsonl.gz"), ("empty.jsonl", "at least one row")],
+    [
+        ("no.jsonl", "there is none"),
+        ("rows.txt", r"must end in \.jsonl, \.json, \.csv, \.parquet"),
+        ("rows.json", r"at least one row, got none in .*rows\.json"),
+        ("empty.jsonl", r"at least one row, got none in .*empty\.jsonl"),
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "rows.txt").write_text("[]")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=said):
         read_feedback(tmp_path / name)
@@ -323,3 +330,63 @@ def test_nothing_is_written_unless_all_can_be(tmp_path: Path) -> None:
 def test_columns_that_would_be_read_as_something_else(tmp_path: Path, record: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         write_feedback(tmp_path / "a.jsonl", [record])
+
+
+KIND = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "beginning"),
+    [("hi", [USER]), (" hi\n", [USER]), ("hi", [KIND, USER]), ([USER], [USER]), ([USER], [KIND, USER]), ("hi", [USER, YES, USER])],
+)
+def test_answers_may_repeat_their_prompt(prompt: Any, beginning: Any) -> None:
+    pair = {"prompt": prompt, "chosen": [*beginning, YES], "rejected": [*beginning, NO]}
+    assert read_feedback([pair]).records == [Comparison(beginning, [YES], [NO])]
+    ranking = {"prompt": prompt, "completions": [[*beginning, YES], [*beginning, NO]], "ranks": [1, 2]}
+    assert read_feedback([ranking]).records == [Ranking(beginning, ([YES], [NO]), (1, 2))]
+    label = {"prompt": prompt, "completion": [*beginning, YES], "label": True}
+    assert read_feedback([label]).records == [Label(beginning, [YES], True)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("other", [USER, YES], [USER, NO]),
+        ([KIND], [USER, YES], [USER, NO]),
+        ("hi", [USER, YES], [KIND, USER, NO]),
+        ("hi", [USER, YES], "no"),
+        ("hi", [USER, USER], [USER, NO]),
+    ],
+)
+def test_conversations_that_do_not_repeat_their_prompt_are_refused_with_a_cure(prompt: Any, chosen: Any, rejected: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"row 0 of `feedback`.*(leave the prompt out of them|like the other answers|one assistant message)"
+    ):
+        read_feedback([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "x", "chosen": None, "rejected": "y"}, "row 0 .* must have a value in each of the columns .*`chosen` holds none"),
+        ({"prompt": None, "chosen": "x", "rejected": None}, "texts without a prompt|`prompt` and `rejected` holds none"),
+        ({"prompt": "x", "completion": None, "label": True}, "`completion` holds none"),
+        ({"prompt": "x", "completion": "y", "label": None}, "`label` holds none"),
+    ],
+)
+def test_a_value_that_is_missing_is_named(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_feedback([row])
+
+
+def test_labels_and_numbers_may_be_texts() -> None:
+    texts = ["true", "False", "1", "0", "-1", " 1.0"]
+    labels = read_feedback([{"prompt": "x", "completion": "y", "label": text} for text in ("true", "False", "1", " 1.0")])
+    assert [label.good for label in labels] == [True, False, True, True]
+    assert [verdict_of(text, "row") for text in texts] == [True, False, True, False, False, True]
+    with pytest.raises(ValueError, match=r"got 'good'\. Where labels are names of classes, pass `positive=` .*read_feedback"):
+        read_feedback([{"prompt": "x", "completion": "y", "label": "good"}])
+    with pytest.raises(ValueError, match="both 0 and -1"):
+        read_feedback([{"prompt": "x", "completion": "y", "label": text} for text in ("0", "-1")])
+    with pytest.raises(ValueError, match="`weight` of row 0"):
+        read_feedback([{"prompt": "x", "completion": "y", "label": 1, "weight": "much"}])

@@ -280,3 +280,33 @@ def test_a_lora_adapter_counts(make_batch):
     assert score == pytest.approx(expected, abs=1e-5)
     assert abs(score - plain) > 1e-4
     assert RewardSet.build(adapted).names == ("GPT2ForSequenceClassification",)
+
+
+STRICT = (
+    "{% for m in messages %}{% if loop.index0 > 0 and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ style ~ ' ' if style else '' }}{{ m.role }} : {{ m.content }} {% endfor %}"
+)
+BEGUN = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "a"}]
+
+
+def test_an_answer_that_the_prompt_begins_is_one_message():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = STRICT
+    reward = ClassifierReward(classifier("gpt2"), tokenizer)
+    answer = [{"role": "assistant", "content": " good"}]
+    text = "user : the film assistant : a good "
+    assert reward.tokens(BEGUN, answer) == tokenizer(text)["input_ids"]
+    assert reward.text(BEGUN, " good") == (text, False)
+    assert reward([BEGUN], [answer]) == reward(["user : the film assistant : a"], [" good "])
+    assert reward([BEGUN], [answer], chat_template_kwargs=[{"style": "bad"}]) == reward(
+        ["bad user : the film bad assistant : a"], [" good"]
+    )
+    with pytest.raises(ValueError, match=r"reward `GPT2.*`, row 1: the chat template refuses .*must alternate; .*join messages"):
+        reward([BEGUN, [*BEGUN[:1], *BEGUN[:1]]], [answer, answer])
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one():
+    tokenizer = word_tokenizer(frame="<bos> $A")
+    reward = ClassifierReward(classifier("gpt2"), tokenizer)
+    assert reward.tokens("<bos> a film", " good") == reward.tokens("a film", " good") == [1, 8, 7, 5]

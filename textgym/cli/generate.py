@@ -17,6 +17,7 @@ from textgym.cli.errors import UserError
 from textgym.cli.measuring import text_of
 from textgym.cli.run_folder import RunFolder
 from textgym.cli.workplace import Precision, load_policy, model_path, quiet_transformers
+from textgym.conversations import with_template_columns
 from textgym.prompts import PromptText, read_prompts
 
 DEFAULT_PROMPTS = 5  # bundled held-out prompts, for a model that knows them
@@ -58,7 +59,8 @@ def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | 
             generation.texts, generation.completion_ids, generation.log_probs.sum(1).tolist(), generation.finish_reasons, strict=True
         )
         for index, row in enumerate(rows):
-            _print(part[index // settings.num_generations], *row, json_lines=settings.json_lines)
+            prompt = part[index // settings.num_generations]
+            _print(prompt["prompt"] if isinstance(prompt, dict) else prompt, *row, json_lines=settings.json_lines)
 
 
 def _announced(settings: GenerateSettings, policy: Any, prompts: int) -> str:
@@ -90,8 +92,8 @@ def _model(given: str | None) -> tuple[str, bool]:
     return str(run.model), run.algorithm != REWARD and run.settings().model is None
 
 
-def _prompts(arguments: Sequence[str], file: Path | None, knows_bundled: bool) -> list[PromptText]:
-    """Returns the prompts of the command line, of a file, of standard input (`-`), or some of the bundled held-out ones."""
+def _prompts(arguments: Sequence[str], file: Path | None, knows_bundled: bool) -> list[Any]:
+    """Returns the prompts (or their rows) of the command line, a file, standard input (`-`), or some of the bundled held-out ones."""
     if list(arguments) == ["-"]:
         prompts: list[PromptText] = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
@@ -100,7 +102,8 @@ def _prompts(arguments: Sequence[str], file: Path | None, knows_bundled: bool) -
     if file is not None:
         if arguments:
             raise UserError("prompts come from the command line or from --prompts, not from both.")
-        return read_prompts(file)[0]
+        texts, columns = read_prompts(file)
+        return with_template_columns(texts, columns)
     if not arguments and knows_bundled:
         return [row["prompt"] for row in bundled_prompts("eval")[:DEFAULT_PROMPTS]]
     if not arguments or not all(prompt.strip() for prompt in arguments):

@@ -24,7 +24,7 @@ from textgym.feedback import Comment, Comparison, SyntheticAnnotator, judge_pair
 from textgym.feedback.judging import comparison
 from textgym.feedback.records import Text
 from textgym.feedback.rows import parse_answers
-from textgym.prompts import iterate_json_lines
+from textgym.rows import iterate_file
 
 AT_ONCE = 64  # pairs that a reward scores in one call, prompts that a model completes in one
 _OWN_COLUMNS = {
@@ -88,8 +88,8 @@ def read_pairs(path: Path) -> list[Pair]:
     """Reads a file of prompts with two or more answers: all pairs of each row, but those of equal texts, each pair once."""
     found: dict[str, Pair] = {}
     same = again = 0
-    for line in iterate_json_lines(path, "pairs"):
-        where = f"line {line.number} of {str(path)!r}"
+    for line in iterate_file(path, "pairs"):
+        where = f"{line.unit} {line.number} of {str(path)!r}"
         if line.problem is not None:
             raise UserError(line.problem)
         if not isinstance(line.row, dict):
@@ -148,7 +148,7 @@ def _generate(models: Sequence[str], prompts: Path | None, sampling: Sampling) -
     for number, policy in enumerate(policies):
         policy.seed(sampling.seed * 1000 + number)
         for start in _progress(range(0, len(rows), AT_ONCE), f"generating ({number + 1} of {len(policies)})"):
-            part = [row["prompt"] for row in rows[start : start + AT_ONCE]]
+            part = rows[start : start + AT_ONCE]
             sampled = policy.generate(
                 part, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, num_generations=2 // len(policies)
             )

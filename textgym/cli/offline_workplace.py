@@ -28,8 +28,9 @@ from textgym.cli.workplace import (
     unknown_options,
 )
 from textgym.feedback.rows import parse_comparison
-from textgym.prompts import PromptText, read_rows
+from textgym.prompts import PromptText
 from textgym.rewards import RewardSet
+from textgym.rows import FILES, read_rows
 
 BEGINNING_WORDS = 5  # of a plain text without a prompt, to sample from
 EVALUATIONS = 20
@@ -122,7 +123,7 @@ def _read(name: str, path: str, agent: Any) -> tuple[list[Row], int]:
     """Returns the rows of a file that the agent reads, and how many it leaves out."""
 
     def read(path: str) -> tuple[list[Row], Sequence[int]]:
-        return read_rows(path, name.removeprefix("--"), forms="the path of a .jsonl or .jsonl.gz file"), agent.read(path).places.tolist()
+        return read_rows(path, name.removeprefix("--"), forms=f"the path of {FILES}"), agent.read(path).places.tolist()
 
     rows, places = read_file(name, path, read)
     return [rows[place] for place in places], len(rows) - len(places)

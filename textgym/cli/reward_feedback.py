@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from textgym.agents.common.feedback_sets import FeedbackSet
-from textgym.agents.reward_model import RewardModel
 from textgym.agents.reward_model_trainer import RewardModelTrainer
 from textgym.bundled import bundled_model_path
 from textgym.cli import default_data
@@ -16,14 +15,14 @@ from textgym.cli.reward import RewardSettings
 from textgym.cli.workplace import load_policy
 from textgym.evaluation.reward_model_report import left_out_in_words
 from textgym.feedback import Comparison, Judgements, Label, Marking, Ranking, Record, SegmentPair
-from textgym.prompts import PromptText, read_rows
+from textgym.prompts import PromptText
+from textgym.rows import FILES, read_rows
 
 MAX_HELD_OUT = 500  # records; every measurement reads them all
 MAX_NORMALISED = 2000  # texts that the mean is taken over
 MAX_NEW_TOKENS = 24  # of the bundled model's texts
 FEWEST_PROMPTS = 10  # to hold out whole prompts
 ENCODED_AT_ONCE = 256  # texts
-MANY_UNKNOWN = 0.05  # share of tokens that the vocabulary does not have, from which on it is said
 Records = list[Record]
 Texts = list[tuple[PromptText, PromptText]]
 
@@ -156,19 +155,6 @@ def counts_in_words(found: dict[str, Any], max_tokens: int | None) -> str:
     return "\n".join(lines)
 
 
-def unknown_tokens(model: RewardModel, data: FeedbackSet) -> str:
-    """Says which share of the tokens is unknown to the model's vocabulary, where that is much; "" elsewhere."""
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    ids = [token for entry in data.entries for piece in entry.pieces for token in piece.ids]
-    share = sum(token == unknown for token in ids) / max(len(ids), 1)
-    if unknown is None or share < MANY_UNKNOWN:
-        return ""
-    return (
-        f"{share:.0%} of the tokens of the feedback are {model.tokenizer.unk_token}: they are not in this model's vocabulary of "
-        f"{len(model.tokenizer):,}, and nothing can be learned from them. Give --model, one whose tokenizer knows the language."
-    )
-
-
 # -- normalisation ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +177,7 @@ def normalisation_texts(settings: RewardSettings, train: Records, trainer: Rewar
     read = 0
     while len(found) < MAX_NORMALISED and read < len(drawn):
         part = drawn[read : read + ENCODED_AT_ONCE]
-        pieces = trainer.reward_model.encode(*zip(*part, strict=True))
+        pieces = trainer.reward_model.encode([prompt for prompt, _ in part], [completion for _, completion in part])
         found += [text for text, piece in zip(part, pieces, strict=True) if limit is None or len(piece.ids) <= limit]
         read += len(part)
     if not found:
@@ -204,7 +190,7 @@ def normalisation_texts(settings: RewardSettings, train: Records, trainer: Rewar
 
 def _reference_texts(path: str) -> Texts:
     try:
-        rows = read_rows(path, "reference_texts", forms="the path of a .jsonl or .jsonl.gz file")
+        rows = read_rows(path, "reference_texts", forms=f"the path of {FILES}")
     except (ValueError, OSError) as error:
         raise UserError(f"--reference-texts: {one_line(error)}") from error
     for number, row in enumerate(rows):

@@ -29,7 +29,6 @@ from textgym.cli.reward_feedback import (
     load_feedback,
     normalisation_texts,
     read_held_out,
-    unknown_tokens,
 )
 from textgym.cli.reward_report import PER_TOKEN_FILE, category_table, next_commands, numbers_table, write_per_token_rewards
 from textgym.cli.run_folder import RunFolder, write_json
@@ -77,14 +76,10 @@ class RewardRun(Training):
         with unknown_options(), said_warnings():
             trainer = RewardModelTrainer(model, parts.train, falling, seed=settings.seed, **sizes, **settings.options)
         assert trainer.examples is not None
-        if all(entry.same_answers for entry in trainer.examples.entries):
-            raise UserError("--feedback compares answers that are the same tokens for this model, in every record: nothing can be learned.")
         held_out = read_held_out(trainer, parts)
         texts = normalisation_texts(settings, parts.train, trainer)
         found = counts(parts, trainer.examples, held_out)
         print(counts_in_words(found, trainer.max_tokens))
-        if unknown := unknown_tokens(model, trainer.examples):
-            print(f"textgym: {unknown}")
         trainer.evaluation = _evaluation(settings, _interval(trainer), held_out, folder)
         length = settings.total_timesteps or settings.passes * int(trainer.examples.num_tokens.sum())
         run = cls(trainer, held_out, texts, folder, replace(settings, total_timesteps=length))

@@ -15,9 +15,10 @@ from textgym.cli.run_folder import RunFolder, is_run_config
 from textgym.cli.settings import TrainSettings, check_precision
 from textgym.cli.splitting import Row, Split, given_sides, prompt_key, split_rows
 from textgym.feedback import PairJudge
-from textgym.prompts import iterate_json_lines, read_prompts
+from textgym.prompts import read_prompts
 from textgym.rewards import RewardSet, load_reward
 from textgym.rewards.named import canonical_name, reward_names
+from textgym.rows import iterate_file
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -134,7 +135,7 @@ def read_file(name: str, path: str, read: Callable[[str], T]) -> T:
 
 def is_empty(path: Path) -> bool:
     """Whether there is a file of JSON lines that holds none."""
-    return path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")) and next(iterate_json_lines(path, "file"), None) is None
+    return path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")) and next(iterate_file(path, "file"), None) is None
 
 
 def quiet_transformers() -> None:

@@ -23,9 +23,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from textgym.encoding import encode_plain
 from textgym.feedback.judging import comparison
 from textgym.feedback.records import Comparison, Judgement, Judgements, Label, Ranking, Segment, SegmentPair, Text
-from textgym.prompts import encode_plain
 from textgym.rewards.calling import Float64Array
 from textgym.rewards.episodes import completion_text
 from textgym.rewards.texts import score_texts

@@ -5,6 +5,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,11 @@ from textgym.prompts import Messages, check_prompt
 Row: TypeAlias = Mapping[str, Any]
 
 _SHOWN = 80
+_NAMED_CLASSES = (
+    "Where labels are names of classes, pass `positive=` with the one that is good to `textgym.feedback.read_feedback`, whose records "
+    "every learner takes."
+)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
 
 
 def has_columns(row: Row, *columns: str) -> bool:
@@ -24,7 +30,13 @@ def has_columns(row: Row, *columns: str) -> bool:
 
 
 def wrong_columns(row: Row, where: str, wanted: str) -> ValueError:
-    """Returns the error of a row that lacks columns."""
+    """Returns the error of a row that lacks columns, or a value in one of them."""
+    empty = [f"`{name}`" for name, value in row.items() if value is None and re.search(rf"\b{re.escape(str(name))}\b", wanted)]
+    if empty:
+        return ValueError(
+            f"{where} must have a value in each of the columns {wanted}, but {' and '.join(empty)} holds none (null); "
+            "give it one, or leave the row out."
+        )
     return ValueError(f"{where} must have the columns {wanted}, got {list(row)}; rename those that hold them.")
 
 
@@ -33,11 +45,21 @@ def number_of(row: Row, column: str, default: float, where: str, low: float, hig
     value = row.get(column)
     if value is None:
         return default
-    number = finite_number(value)
+    number = finite_number(number_in(value))
     if number is None or not low <= number <= high:
         bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
         raise ValueError(f"`{column}` of {where} must be a finite number{bounds}, got {value!r}.")
     return number
+
+
+def number_in(value: Any) -> Any:
+    """Returns the number or truth value that a text says, as the cells of a CSV file do; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    return float(text) if _NUMBER.fullmatch(text) else value
 
 
 def finite_number(value: Any) -> float | None:
@@ -52,15 +74,16 @@ def verdict_of(label: Any, where: str, positive: Collection[Any] | None = None) 
     """Returns whether a label means good.
 
     Args:
-        label: true or false, 1 or 0, 1 or −1; with `positive` anything.
+        label: true or false, 1 or 0, 1 or −1, or a text that says one of these; with `positive` anything.
         where: what error messages call the row.
         positive: the labels that mean good.
     """
     if positive is not None:
         return label in positive
-    number = float(label) if isinstance(label, bool | np.bool_) else finite_number(label)
+    said = number_in(label)
+    number = float(said) if isinstance(said, bool | np.bool_) else finite_number(said)
     if number not in (-1, 0, 1):
-        cure = " Where labels are names of classes, pass `positive=` with the one that is good." if isinstance(label, str) else ""
+        cure = f" {_NAMED_CLASSES}" if isinstance(label, str) else ""
         raise ValueError(f"`label` of {where} must be true (good) or false, 1 or 0, or 1 or -1, got {shown(label)}.{cure}")
     return number == 1
 

@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from textgym.errors import FeedbackError
-from textgym.feedback.columns import has_columns, shown
+from textgym.feedback.columns import has_columns, number_in, shown
 from textgym.feedback.records import Comment, Record
 from textgym.feedback.rows import FORMS, form_of, is_record, recognise_form, row_to_record
-from textgym.prompts import iterate_json_lines, read_rows
+from textgym.rows import FILES, FileRow, iterate_file, read_rows
 
-SOURCES = "a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, or a `datasets.Dataset`"
+SOURCES = f"a list of records or dicts, the path of {FILES}, a list of such paths, a `datasets.Dataset` or a pandas DataFrame"
 _SHOWN_ROWS = 5  # rows that one fault is shown with, and faults that are shown
 
 
@@ -23,13 +23,15 @@ class BadRow:
 
     Attributes:
         file: the file; None for a row of a list or of a data set.
-        line: of a file its line, counted from 1; else the row, counted from 0.
+        line: of a file of lines (JSON lines, CSV) its line, counted from 1; else the row, counted from 0.
         reason: the row, the rule that it breaks, what stood there, and the cure, in a sentence.
+        unit: what `line` counts, "line" or "row".
     """
 
     file: str | None
     line: int
     reason: str
+    unit: str = "line"
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class _Place:
     line: int
     row: Any
     problem: str | None = None
+    unit: str = "row"
 
     @property
     def name(self) -> str:
-        return _place_name(self.file, [self.line])
+        return _place_name(self.file, [self.line], self.unit)
 
 
 def read_feedback(
@@ -82,8 +85,8 @@ def read_feedback(
     """Reads feedback in any of its forms; `textgym.feedback.rows` lists their columns.
 
     Args:
-        source: a list of records or dicts, the path of a .jsonl or .jsonl.gz file, a list of such paths, a `datasets.Dataset`, or a
-            `Feedback`. Blank lines are passed over.
+        source: a list of records or dicts, the path of a file (.jsonl, .json, .csv, .parquet), a list of such paths, a
+            `datasets.Dataset`, a pandas DataFrame, or a `Feedback`. Blank lines are passed over.
         form: what all rows are, one of "comparison", "ranking", "judgements", "label", "segment_pair", "marking", "comment"; None
             recognises it row by row from the columns. Comments, which `textgym label` writes between comparisons, stay comments.
         on_bad_row: "raise" an error that names the bad rows once all are read, or "keep_good" rows and list the others in `bad_rows`.
@@ -107,7 +110,7 @@ def read_feedback(
         try:
             records.append(_record(place, form, good))
         except ValueError as error:
-            bad_rows.append(BadRow(place.file, place.line, str(error)))
+            bad_rows.append(BadRow(place.file, place.line, str(error), place.unit))
     feedback = Feedback(records, bad_rows)
     if bad_rows and (on_bad_row == "raise" or not records):
         raise FeedbackError(_message(feedback), feedback)
@@ -137,13 +140,21 @@ def _places(source: Any) -> Iterator[_Place]:
     if isinstance(paths, Sequence) and paths and all(isinstance(one, str | PathLike) for one in paths):
         found = False
         for path in map(Path, paths):
-            for line in iterate_json_lines(path, "feedback"):
+            for one in _file_rows(path):
                 found = True
-                yield _Place(str(path), line.number, line.row, line.problem)
+                yield _Place(str(path), one.number, one.row, one.problem, one.unit)
         if not found:
             raise ValueError(f"`feedback` must hold at least one row, got none in {', '.join(map(repr, map(str, paths)))}.")
     else:
         yield from (_Place(None, number, row) for number, row in enumerate(read_rows(source, "feedback", forms=SOURCES)))
+
+
+def _file_rows(path: Path) -> Iterator[FileRow]:
+    """Yields the rows of a file, or of the folder of a data set."""
+    if path.is_dir():
+        rows = read_rows(path, "feedback", forms=SOURCES)
+        return (FileRow("row", number, row) for number, row in enumerate(rows))
+    return iterate_file(path, "feedback")
 
 
 def _with_names(places: list[_Place], rename: dict[str, str]) -> list[_Place]:
@@ -161,14 +172,15 @@ def _renamed(place: _Place, rename: dict[str, str]) -> _Place:
     new = {rename[name]: value for name, value in place.row.items() if name in rename}
     taken = [name for name in new if has_columns(kept, name)]
     problem = f"{place.name} has a column {taken[0]!r} already; rename that one too." if taken else place.problem
-    return _Place(place.file, place.line, {**kept, **new}, problem)
+    return replace(place, row={**kept, **new}, problem=problem)
 
 
 def _positive_classes(places: list[_Place], positive: str | int | Collection[Any] | None) -> Collection[Any] | None:
     """Returns the labels that mean good, after checking that they, and one way of writing labels, occur."""
     labels = [place.row["label"] for place in places if isinstance(place.row, Mapping) and has_columns(place.row, "label")]
     if positive is None:
-        if -1 in labels and any(label == 0 and not isinstance(label, bool) for label in labels):
+        said = [number_in(label) for label in labels]
+        if -1 in said and any(label == 0 and not isinstance(label, bool) for label in said):
             raise ValueError(
                 "`label` must be 1 or 0, or 1 or -1, but these rows have both 0 and -1: 0 may mean neither. Pass `positive=1` to take all "
                 "others as bad, or leave out the rows with 0."
@@ -212,19 +224,20 @@ def _message(feedback: Feedback) -> str:
 
 def _fault(row: BadRow) -> str:
     """Returns what tells the fault of a row from others: its reason without the row and without the value that stood there."""
-    return row.reason.replace(_place_name(row.file, [row.line]), str(row.file)).partition(", got ")[0]
+    return row.reason.replace(_place_name(row.file, [row.line], row.unit), str(row.file)).partition(", got ")[0]
 
 
 def _fault_line(rows: Sequence[BadRow]) -> str:
     """Returns the reason of the first row, said of all of them."""
     first = rows[0]
-    return first.reason.replace(_place_name(first.file, [first.line]), _place_name(first.file, [row.line for row in rows]))
+    one, all_of_them = ([first.line], [row.line for row in rows])
+    return first.reason.replace(_place_name(first.file, one, first.unit), _place_name(first.file, all_of_them, first.unit))
 
 
-def _place_name(file: str | None, numbers: Iterable[int]) -> str:
+def _place_name(file: str | None, numbers: Iterable[int], unit: str) -> str:
     """Returns what error messages call rows of a source: "line 3 of 'a.jsonl'", "rows 1, 2 and 5 more of `feedback`"."""
-    source, kind = ("`feedback`", "row") if file is None else (repr(file), "line")
+    source = "`feedback`" if file is None else repr(file)
     all_numbers = list(numbers)
     shown = ", ".join(map(str, all_numbers[:_SHOWN_ROWS]))
     more = f" and {len(all_numbers) - _SHOWN_ROWS:,} more" if len(all_numbers) > _SHOWN_ROWS else ""
-    return f"{kind}{'s' if len(all_numbers) > 1 else ''} {shown}{more} of {source}"
+    return f"{unit}{'s' if len(all_numbers) > 1 else ''} {shown}{more} of {source}"

@@ -13,14 +13,13 @@ Every row may have a `weight`. A column `form` names the form of a row whose col
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
+from textgym.feedback.answers import answers_of, implicit_prompt
 from textgym.feedback.columns import (
     Row,
-    answer_of,
     has_columns,
     is_whole,
     list_of,
@@ -44,11 +43,8 @@ from textgym.feedback.records import (
     Span,
     Text,
 )
-from textgym.prompts import Messages, check_prompt
 
 Parser: TypeAlias = Callable[[Row, str], Record]
-
-_DIALOGUE_TURN = "\n\nAssistant:"  # of the data sets that write conversations as texts (HH-RLHF)
 
 
 def is_record(value: object) -> bool:
@@ -101,10 +97,10 @@ def parse_comparison(row: Row, where: str) -> Comparison:
     if not has_columns(row, "chosen", "rejected"):
         raise wrong_columns(row, where, _WANTED["comparison"])
     if has_columns(row, "prompt"):
-        prompt = _prompt(row, where)
-        chosen, rejected = (answer_of(row[column], where, column) for column in ("chosen", "rejected"))
+        columns = ("chosen", "rejected")
+        prompt, (chosen, rejected) = answers_of(row["prompt"], [row[column] for column in columns], where, columns)
     else:
-        prompt, chosen, rejected = _implicit_prompt(row["chosen"], row["rejected"], where)
+        prompt, chosen, rejected = implicit_prompt(row["chosen"], row["rejected"], where)
     return Comparison(
         prompt,
         chosen,
@@ -120,13 +116,13 @@ def parse_ranking(row: Row, where: str) -> Ranking:
     if not has_columns(row, "prompt", "completions"):
         raise wrong_columns(row, where, _WANTED["ranking"])
     name = "rank" if has_columns(row, "rank") and not has_columns(row, "ranks") else "ranks"
-    completions = _answers(row, where)
+    prompt, completions = _answers(row, where)
     if not has_columns(row, name):
         _check_best_first(row, where)
     ranks = whole_numbers(row[name], where, name) if has_columns(row, name) else list(range(1, len(completions) + 1))
     if len(ranks) != len(completions):
         raise ValueError(f"`{name}` of {where} must have a rank for each of the {len(completions)} completions, got {len(ranks)}.")
-    return Ranking(_prompt(row, where), completions, tuple(ranks), **_common(row, where, "ranking", *({"rank"} & {name})))
+    return Ranking(prompt, completions, tuple(ranks), **_common(row, where, "ranking", *({"rank"} & {name})))
 
 
 def _check_best_first(row: Row, where: str) -> None:
@@ -143,7 +139,7 @@ def parse_judgements(row: Row, where: str) -> Judgements:
     """Reads the outcomes of comparing answers pairwise."""
     if not has_columns(row, "prompt", "completions", "comparisons"):
         raise wrong_columns(row, where, _WANTED["judgements"])
-    completions = _answers(row, where)
+    prompt, completions = _answers(row, where)
     judgements: list[Judgement] = []
     for one in list_of(row["comparisons"], where, "comparisons", "judgements {i, j, z}"):
         rule = f"`comparisons` of {where} must hold {{i, j, z}} with two different places i, j below {len(completions)} and z of 1, 0 or -1"
@@ -158,7 +154,7 @@ def parse_judgements(row: Row, where: str) -> Judgements:
         judgements.append(judgement)
     if not judgements:
         raise ValueError(f"`comparisons` of {where} must hold at least one judgement, got none; leave the row out.")
-    return Judgements(_prompt(row, where), completions, tuple(judgements), **_common(row, where, "judgements"))
+    return Judgements(prompt, completions, tuple(judgements), **_common(row, where, "judgements"))
 
 
 def parse_label(row: Row, where: str, positive: Collection[Any] | None = None) -> Label:
@@ -196,10 +192,10 @@ def parse_comment(row: Row, where: str) -> Comment:
     if has_columns(row, "completions"):
         if not has_columns(row, "prompt"):
             raise wrong_columns(row, where, _WANTED["comment"])
-        prompt, names = _prompt(row, where), ()
-        completions: tuple[Text, ...] = _answers(row, where, at_least=1)
+        names: tuple[str, ...] = ()
+        prompt, completions = _answers(row, where, at_least=1)
     else:
-        prompt, completion, names = _text(row, where, "comment")  # type: ignore[assignment]
+        prompt, completion, names = _text(row, where, "comment")
         completions = (completion,)
     return Comment(prompt, completions, row["comment"], **_common(row, where, "comment", *names))
 
@@ -211,7 +207,7 @@ def parse_answers(row: Row, where: str) -> tuple[Text, tuple[Text, ...]]:
         return pair.prompt, (pair.chosen, pair.rejected)
     if not has_columns(row, "prompt", "completions"):
         raise wrong_columns(row, where, "prompt and completions (or chosen and rejected)")
-    return _prompt(row, where), _answers(row, where)
+    return _answers(row, where)
 
 
 _PARSERS: dict[str, Parser] = {
@@ -327,17 +323,14 @@ def _common(row: Row, where: str, form: str, *used: str) -> dict[str, Any]:
     return {"weight": number_of(row, "weight", 1.0, where, 0.0, math.inf), "columns": columns}
 
 
-def _prompt(row: Row, where: str) -> Text:
-    return check_prompt(row["prompt"], f"the prompt of {where}")
-
-
 def _text(row: Row, where: str, form: str) -> tuple[Text, Text, tuple[str, ...]]:
     """Returns prompt and completion, and the columns used that need not be of the record's own names.
 
     A `text` answers nothing, its prompt is ""; where a `prompt` stands beside it the text must begin with that.
     """
     if has_columns(row, "prompt", "completion"):
-        return _prompt(row, where), answer_of(row["completion"], where, "completion"), ("completion",)
+        prompt, (completion,) = answers_of(row["prompt"], [row["completion"]], where, ["completion"])
+        return prompt, completion, ("completion",)
     if not has_columns(row, "text"):
         raise wrong_columns(row, where, _WANTED[form])
     if not isinstance(row["text"], str):
@@ -348,12 +341,14 @@ def _text(row: Row, where: str, form: str) -> tuple[Text, Text, tuple[str, ...]]
     return prompt, row["text"][len(prompt) :], ("text",)
 
 
-def _answers(row: Row, where: str, at_least: int = 2) -> tuple[Text, ...]:
+def _answers(row: Row, where: str, at_least: int = 2) -> tuple[Text, tuple[Text, ...]]:
+    """Returns the prompt of a row and its completions."""
     answers = row["completions"]
     if isinstance(answers, str | Mapping) or not isinstance(answers, Sequence | np.ndarray) or len(answers) < at_least:
         wanted = "at least two completions" if at_least == 2 else "at least one completion"
         raise ValueError(f"`completions` of {where} must be a list of {wanted}, got {shown(answers)}.")
-    return tuple(answer_of(one, where, "completions") for one in answers)
+    prompt, found = answers_of(row["prompt"], list(answers), where, ["completions"] * len(answers))
+    return prompt, tuple(found)
 
 
 def _segment(value: Any, where: str, column: str) -> Segment:
@@ -376,20 +371,3 @@ def _span(value: Any, length: int, where: str) -> Span:
     if not 0 <= start < end <= length:
         raise ValueError(f"`spans` of {where} must have 0 <= start < end <= {length}, the characters of the text, got {start} and {end}.")
     return Span(category, start, end)
-
-
-def _implicit_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Text, Text, Text]:
-    """What two conversations have in common is their prompt (TRL's form without that column), as messages or as HH-RLHF writes them."""
-    if isinstance(chosen, str) and isinstance(rejected, str) and _DIALOGUE_TURN in chosen:
-        cut = chosen.rindex(_DIALOGUE_TURN) + len(_DIALOGUE_TURN)
-        if rejected[:cut] != chosen[:cut] or _DIALOGUE_TURN in rejected[cut:]:
-            raise ValueError(f"`chosen` and `rejected` of {where} must be the same up to their last {_DIALOGUE_TURN.strip()!r}.")
-        return chosen[:cut], chosen[cut:], rejected[cut:]
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError(f"{where} has texts without a prompt: put what `chosen` and `rejected` begin with into a column `prompt`.")
-    first, second = (check_prompt(one, f"`{name}` of {where}") for one, name in ((chosen, "chosen"), (rejected, "rejected")))
-    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
-    if not common:
-        raise ValueError(f"`chosen` and `rejected` of {where} must begin with the same message, their prompt.")
-    prompt: Messages = list(first[:common])  # type: ignore[arg-type]
-    return prompt, answer_of(first[common:], where, "chosen"), answer_of(second[common:], where, "rejected")

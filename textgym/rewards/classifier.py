@@ -10,12 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from textgym.alignment import aligned
+from textgym.conversations import answered, conversation_text, row_columns
+from textgym.encoding import encode_plain, encode_whole
 from textgym.errors import RewardError
 from textgym.rewards.calling import NamedReward
 from textgym.rewards.episodes import Prompt, as_completion, excerpt
@@ -123,12 +125,15 @@ class ClassifierReward(NamedReward):
         return self._tokenizer
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float]:
-        """Returns one logit per row; other columns are not looked at."""
+        """Returns one logit per row; of the other columns those that go into a chat template are looked at."""
         import torch
 
         self._load()
-        pairs = zip(prompts, completions, strict=True)
-        rows = [self._checked(self.tokens(prompt, completion), prompt, completion) for prompt, completion in pairs]
+        rows = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            of_row = row_columns(columns, row)
+            ids = self.tokens(prompt, completion, of_row, f"reward `{self.__name__}`, row {row}")
+            rows.append(self._checked(ids, prompt, completion, of_row))
         scores = [0.0] * len(rows)
         with torch.no_grad(), _evaluating(self._model), readable(f"reward `{self.__name__}`", self._model):
             for batch in batches([len(row) for row in rows], self.batch_size, self._batching):
@@ -182,29 +187,44 @@ class ClassifierReward(NamedReward):
                 "give it: ClassifierReward(model, tokenizer)."
             ) from error
 
-    def tokens(self, prompt: Prompt, completion: Prompt) -> list[int]:
-        """Returns the tokens of a prompt with its completion, however many; a text without any is a `RewardError`."""
+    def tokens(self, prompt: Prompt, completion: Prompt, columns: Mapping[str, Any] | None = None, where: str | None = None) -> list[int]:
+        """Returns the tokens of a prompt with its completion, however many; a text without any is a `RewardError`.
+
+        Special tokens that the text begins with, such as a BOS that was written there, are not added a second time.
+        """
         self._load()
-        text, special = self.text(prompt, completion)
+        text, special = self.text(prompt, completion, columns, where)
         cut = {"truncation": True, "max_length": self._limit} if self.truncation and self._limit is not None else {}
-        # verbose=False: the tokenizer would warn of a length that `_checked` turns into an error
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"]
+        # Neither warns of a length that `_checked` turns into an error.
+        (ids,) = encode_whole(self._tokenizer, [text], **cut) if special else encode_plain(self._tokenizer, [text], **cut)
         if not ids:
             raise RewardError(f"reward `{self.__name__}`: the text {excerpt(text)} has no tokens, so there is no last token to score.")
         return ids
 
-    def _checked(self, ids: list[int], prompt: Prompt, completion: Prompt) -> list[int]:
+    def _checked(self, ids: list[int], prompt: Prompt, completion: Prompt, columns: Mapping[str, Any]) -> list[int]:
         """Returns `ids`; too many for the model are a `RewardError`."""
         if self._limit is not None and len(ids) > self._limit:
             raise RewardError(
-                f"reward `{self.__name__}`: the text {excerpt(self.text(prompt, completion)[0])} has {len(ids)} tokens of the classifier's "
-                f"tokenizer, more than the {self._limit} it can read; shorten prompts or completions, or use "
+                f"reward `{self.__name__}`: the text {excerpt(self.text(prompt, completion, columns)[0])} has {len(ids)} tokens of the "
+                f"classifier's tokenizer, more than the {self._limit} it can read; shorten prompts or completions, or use "
                 "ClassifierReward(..., truncation=True)."
             )
         return ids
 
-    def text(self, prompt: Prompt, completion: Prompt) -> tuple[str, bool]:
-        """Returns the text of a row, and whether its special tokens are still to be added."""
+    def text(
+        self, prompt: Prompt, completion: Prompt, columns: Mapping[str, Any] | None = None, where: str | None = None
+    ) -> tuple[str, bool]:
+        """Returns the text of a row, and whether its special tokens are still to be added.
+
+        Args:
+            prompt: a string, or messages; the answer goes on with an assistant message that ends them.
+            completion: what answers it.
+            columns: the other columns of the row, of which some go into a chat template.
+            where: what error messages call the row.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses the conversation.
+        """
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion, self.add_special_tokens
         if not getattr(self._tokenizer, "chat_template", None):
@@ -213,7 +233,9 @@ class ClassifierReward(NamedReward):
                 "set `tokenizer.chat_template` or use prompts that are strings."
             )
         answer = as_completion(prompt, completion) if isinstance(completion, str) else completion
-        return self._tokenizer.apply_chat_template([*prompt, *answer], tokenize=False), False
+        whole = answered(prompt, answer)  # type: ignore[arg-type]
+        name = where or f"reward `{self.__name__}`"
+        return conversation_text(self._tokenizer, whole, name, as_prompt=False, columns=columns), False
 
     def logits(self, rows: Sequence[Sequence[int]]) -> "torch.Tensor":
         """Returns the logits of every label of encoded texts, (B, labels), in one pass; with gradient where that is enabled."""
