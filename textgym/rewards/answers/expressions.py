@@ -10,14 +10,15 @@ _LOOK_LIKE_SUMS = re.compile(
     r"|(?<![\w.)}])\d+[-/]\d+[-/]\d+(?![\w.({])"  # a date
     r"|^\d+(?:\.\d+)?-\d+(?:\.\d+)?$"  # a range, a score
     r"|\d\s+\d"  # two numbers
-    r"|\d_"  # a number in another base
+    r"|\d_|^0[box][\da-fA-F]+$"  # a number in another base
+    r"|^\([a-zA-Z]\)\s+\S"  # an answer behind its letter
 )
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}|\\[a-zA-Z]+")
 _FUNCTIONS = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|sqrt|pi|inf|infinity|max|min|gcd|lcm|det|and|or"
 _OPERATORS = r"+\-*/^=<>&|\\"
 _WORD = re.compile(
     rf"(?<![a-zA-Z])(?!(?:{_FUNCTIONS})(?![a-zA-Z]))"
-    r"(?:[^\W\d_]{4,}|(?:to|by|of|at|in|is|as|if|no|so|am|pm|on|for|the|per|not)(?![^\W\d_])"
+    r"(?:[^\W\d_]{4,}|[a-zA-Z]+'[a-zA-Z]|(?:to|by|of|at|in|is|as|if|no|so|am|pm|on|for|the|per|not)(?![^\W\d_])"
     # two or three letters on their own are no product of variables, unless they stand beside an operator
     rf"|(?<!\S)(?<![{_OPERATORS}(,{{]\s)[a-zA-Z]{{2,3}}(?!\S)(?!\s*[{_OPERATORS}),}}]))"
 )
@@ -32,6 +33,8 @@ _NO_CURRENCY = str.maketrans("", "", CURRENCY)
 def is_expression(answer: str) -> bool:
     """Returns whether a normalised answer may be read as mathematics: no words, and none of the forms that look like sums and are none."""
     if not answer or len(answer) > _LONGEST_EXPRESSION or answer.replace(" ", "").isalpha() or _LOOK_LIKE_SUMS.search(answer):
+        return False
+    if sum(map(answer.count, "([{")) != sum(map(answer.count, ")]}")):  # [2,5) is an interval
         return False
     return not _WORD.search(_COMMAND.sub(" ", _UNIT.sub("", answer)))
 

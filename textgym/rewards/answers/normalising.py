@@ -12,7 +12,7 @@ _SYMBOLS = {
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
     "∅": r"\emptyset ", "±": r"\pm ", "⋅": r"\cdot ", "·": r"\cdot ", "×": r"\times ", "≈": r"\approx ", "°": r"^\circ ",
     "÷": "/", "⁄": "/", "∕": "/", "／": "/", "′": "'", "’": "'", "％": "%", "．": ".", "，": ",", "：": ":", "＝": "=", "＋": "+",
-    "（": "(", "）": ")", "｛": "{", "｝": "}",
+    "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "（": "(", "）": ")", "｛": "{", "｝": "}",
 }  # fmt: skip
 _CHARACTERS = _DASHES | _SPACES | _NOTHING | str.maketrans(_SYMBOLS)
 _THOUSANDS = re.compile(r"(?<=\d)(?:[\u00a0\u2007\u2008\u2009\u202f]|\\[,;: ]|\{,\}|\\thinspace ?|,?\\!\s?)(?=\d{3}(?!\d))")
@@ -76,7 +76,7 @@ _WRAPPERS = [
         r"\(([^\s(),]+)\)",  # (5), (B); a point or an interval has a comma
     )
 ]
-_EMPHASIS = "*_`"
+_EMPHASIS = '*_`"'
 _LONGEST_DRESS = 10_000  # characters; longer than any answer but a number of digits alone
 
 

@@ -132,6 +132,7 @@ _UNITS = _ORDINALS | {name: names.split()[0] for names in _UNIT_NAMES.split(";")
 _OTHER_WORDS = """
     and or to than not through until vs versus mod half third quarter one two three four five six seven eight nine ten dozen hundred
     thousand million billion trillion pi sin cos tan cot sec csc log ln exp sqrt inf infinity remainder is are was
+    jan january feb february mar march apr april may jun june jul july aug august sep sept september oct october nov november dec december
 """
 _NO_UNITS = frozenset(_OTHER_WORDS.split())
 
