@@ -275,7 +275,7 @@ def test_no_text_ends_a_run():
     assert set(reward(completions=texts, answer=answers)) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("piece", ["5", "1,", "####\n", "\\[", "$1", "**a", "\\boxed{", "answer is ", "(", "1 to ", "\n "])
+@pytest.mark.parametrize("piece", ["5", "1,", "####\n", "\\[", "$1", "**a", "\\boxed{", "answer is ", "(", "1 to ", "\n ", "\u2248"])
 def test_long_texts_of_one_piece_are_read_in_a_moment(reward, piece):
     """No pattern tries every end for every beginning: that would take minutes here."""
     assert reward(completions=[piece * (20_000 // len(piece))], answer=["x + 1"]) == [0.0]
