@@ -393,15 +393,18 @@ def test_what_is_left_out_is_counted(policy) -> None:
     good = [Comparison(PROMPT, "a", "b"), Ranking(PROMPT, ("a", "a", "b"), (1, 2, 3))]
     same = [Comparison(PROMPT, "a", "a"), Comparison(PROMPT, "a", "a", preference=0.5), Ranking(PROMPT, ("a", "a"), (1, 2))]
     records = [Comparison(PROMPT, "a" * 200, "b"), *good, *same, Comment(PROMPT, ("a",), "nice"), Label(PROMPT, "c" * 200, True)]
-    trainer = RewardModelTrainer(model, records, max_tokens=128, seed=0)
+    with pytest.warns(UserWarning, match=r"3 of 5 rows of `feedback` have answers that are the same tokens.*record 3 .*record 5 "):
+        trainer = RewardModelTrainer(model, records, max_tokens=128, seed=0)
     assert trainer.examples is not None and len(trainer.examples) == 2
     assert trainer.examples.left_out == LeftOut(too_long=2, same_answers=3, comments=1)
     report = trainer.evaluate([*records, *same])
     assert report.num_records == 2 and report.left_out == {"too_long": 2, "same_answers": 6, "comments": 1}
     assert "2 longer than `max_tokens`, 6 whose answers are the same tokens, 1 comments" in str(report)
     assert report.to_dict()["left_out"]["too_long"] == 2
-    with pytest.warns(UserWarning, match="`feedback` holds 3 records, and the answers of each are the same tokens"):
-        alike = RewardModelTrainer(model, same, seed=0)
+    with pytest.raises(ValueError, match="`feedback` must have answers that differ, but the answers of every row are the same tokens"):
+        RewardModelTrainer(model, same, seed=0)
+    alike = RewardModelTrainer(model, None, seed=0)
+    alike.connect(same, sampled=True)  # answers that a policy wrote may be the same now and then
     report = alike.learn().evaluate(good)
     assert report.num_records == 2 and alike.evaluate(same).accuracy.mean == 0.5
     with pytest.raises(ValueError, match="at least one record with a `weight` above 0"):

@@ -79,7 +79,7 @@ def loop(folder: str, device: str, present: CausalLMPolicy | None = None, compar
 def test_the_reward_has_mean_zero_on_the_references_completions(device: str) -> None:
     policy = reference(device)
     for comparisons in (COMPARISONS, SWAPPED):
-        model, _ = fit_reward_model(policy, comparisons, PromptRows.read(PROMPTS), TOKENS, 0, OPTIONS)
+        model = fit_reward_model(policy, comparisons, PromptRows.read(PROMPTS), TOKENS, 0, OPTIONS).model
         assert has_mean_zero(model, policy)
 
 
@@ -90,7 +90,7 @@ def test_the_reward_model_comes_from_the_reference(device: str) -> None:
         (Path(folder) / "round-1").mkdir()
         rlhf.fit(1, COMPARISONS, progress_bar=False)
         assert rlhf.agent is not None and rlhf.reward_model is not None
-        expected, _ = fit_reward_model(rlhf.agent.reference, COMPARISONS, rlhf.prompts, TOKENS, rlhf.seed + 1, OPTIONS)
+        expected = fit_reward_model(rlhf.agent.reference, COMPARISONS, rlhf.prompts, TOKENS, rlhf.seed + 1, OPTIONS).model
         assert apart(rlhf.reward_model, expected) < 1e-5
         assert has_mean_zero(rlhf.reward_model, rlhf.agent.reference)
 
@@ -128,8 +128,8 @@ def test_what_is_held_out_is_not_learned(device: str) -> None:
     policy, prompts = reference(device), PromptRows.read(PROMPTS)
     held_out = {one.prompt for one in split_by_prompt(COMPARISONS, HELD_OUT, seed=0)[1]}
     turned = [other if one.prompt in held_out else one for one, other in zip(COMPARISONS, SWAPPED, strict=True)]
-    model, report = fit_reward_model(policy, COMPARISONS, prompts, TOKENS, 0, OPTIONS)
-    same, other_report = fit_reward_model(policy, turned, prompts, TOKENS, 0, OPTIONS)
+    model, report, *_ = fit_reward_model(policy, COMPARISONS, prompts, TOKENS, 0, OPTIONS)
+    same, other_report, *_ = fit_reward_model(policy, turned, prompts, TOKENS, 0, OPTIONS)
     assert apart(model, same) < 1e-6
     assert report is not None and other_report is not None
     assert report.to_dict()["accuracy"]["mean"] == 1.0 - other_report.to_dict()["accuracy"]["mean"] == 1.0

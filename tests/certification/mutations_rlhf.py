@@ -12,21 +12,21 @@ FROM_REFERENCE = f"{TESTS}the_reward_model_comes_from_the_reference"
 MUTATIONS = [
     # the mean on the reference's completions
     ("reward model: not normalised", f"{STEPS}:fit_reward_model",
-     "model.normalise(drawn.texts, sample_completions(reference, drawn.texts, max_new_tokens, seed))", "drawn.texts", MEAN_ZERO),
+     "model.normalise(drawn.texts, texts, columns=drawn.columns, progress_bar=progress_bar)", "drawn.texts", MEAN_ZERO),
     ("reward model: normalised on what was compared", f"{STEPS}:fit_reward_model",
-     "model.normalise(drawn.texts, sample_completions(reference, drawn.texts, max_new_tokens, seed))",
+     "model.normalise(drawn.texts, texts, columns=drawn.columns, progress_bar=progress_bar)",
      "model.normalise([one.prompt for one in train], [one.chosen for one in train])", MEAN_ZERO),
     ("reward model: normalised before it learns", f"{STEPS}:fit_reward_model",
      "trainer.learn(progress_bar=progress_bar)",
      "model.normalise(prompts.texts, sample_completions(reference, prompts.texts, max_new_tokens, seed))\n"
-     "    model.normalise = lambda *_: None\n    trainer.learn(progress_bar=progress_bar)", MEAN_ZERO),
+     "    model.normalise = lambda *_, **__: None\n    trainer.learn(progress_bar=progress_bar)", MEAN_ZERO),
     # whose head and normalisation
     ("reward model: from the present policy", f"{LOOP}.fit", "self.agent.reference, self._round", "self.agent.policy, self._round",
      FROM_REFERENCE),
     ("reward model: normalised on the present policy", f"{LOOP}.fit",
-     "model.save_pretrained(folder)",
-     "model.normalise(self.prompts.texts, self.agent.policy.generate(self.prompts.texts, self.max_new_tokens).texts); "
-     "model.save_pretrained(folder)", FROM_REFERENCE),
+     "fitted.model.save_pretrained(folder)",
+     "fitted.model.normalise(self.prompts.texts, self.agent.policy.generate(self.prompts.texts, self.max_new_tokens).texts); "
+     "fitted.model.save_pretrained(folder)", FROM_REFERENCE),
     ("reward model: the same seed in every round", f"{LOOP}.fit", "self.seed + number, options", "self.seed, options", FROM_REFERENCE),
     ("RLHF: the first round's reward pays for ever", f"{LOOP}.fit",
      "self.reward.model = RewardModel", "self.reward.model = self.reward.model or RewardModel",
@@ -44,14 +44,14 @@ MUTATIONS = [
     ("held out: the same prompts with every seed", f"{STEPS}:split_by_prompt",
      "np.random.default_rng(seed)", "np.random.default_rng(0)", f"{TESTS}comparisons_are_parted_by_prompt"),
     ("reward model: learns from all comparisons", f"{STEPS}:fit_reward_model",
-     "RewardModelTrainer(model, train,", "RewardModelTrainer(model, comparisons,", f"{TESTS}what_is_held_out_is_not_learned"),
+     "trainer.connect(train,", "trainer.connect(comparisons,", f"{TESTS}what_is_held_out_is_not_learned"),
     ("reward model: measured on what it learned", f"{STEPS}:fit_reward_model",
-     "trainer.evaluate(held_out) if held_out", "trainer.evaluate(train) if held_out", f"{TESTS}what_is_held_out_is_not_learned"),
+     "_read_held_out(trainer, held_out)", "_read_held_out(trainer, train)", f"{TESTS}what_is_held_out_is_not_learned"),
     # draws
     ("RLHF: every round samples with the same seed", f"{LOOP}.ask", "self.seed + number", "self.seed",
      f"{TESTS}each_round_asks_about_other_samples"),
-    ("pairs: the same draws with every seed", f"{STEPS}:sample_pairs", "max_new_tokens, seed, num_generations=2",
-     "max_new_tokens, 0, num_generations=2", f"{TESTS}pairs_are_new_draws_in_a_new_order_with_every_seed"),
+    ("pairs: the same draws with every seed", f"{STEPS}:sample_pairs", "max_new_tokens, seed, 2, progress_bar",
+     "max_new_tokens, 0, 2, progress_bar", f"{TESTS}pairs_are_new_draws_in_a_new_order_with_every_seed"),
     ("pairs: the same order with every seed", f"{STEPS}:sample_pairs", "np.random.default_rng(seed)", "np.random.default_rng(0)",
      f"{TESTS}pairs_are_new_draws_in_a_new_order_with_every_seed"),
     ("pairs: a completion beside itself", f"{STEPS}:sample_pairs", "texts[2 * i : 2 * i + 2]", "[texts[2 * i]] * 2",

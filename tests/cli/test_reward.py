@@ -276,7 +276,7 @@ def test_ties_only(textgym, capsys, monkeypatch) -> None:
     assert report()["after"]["accuracy"]["mean"] is None and "…" not in shown
     write_feedback("same.jsonl", [Comparison(f"the plot {i} was", " good.", " good.") for i in range(20)])
     assert textgym("reward", "--feedback", "same.jsonl", *QUICK, "--force") == 2
-    assert "--feedback compares answers that are the same tokens for this model, in every record" in capsys.readouterr().err
+    assert "--feedback must have answers that differ, but the answers of every row are the same tokens" in capsys.readouterr().err
 
 
 def test_comments_of_label_are_no_obstacle(textgym, feedback: str, capsys) -> None:
