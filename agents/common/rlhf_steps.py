@@ -58,7 +58,7 @@ def readable_prompts(
     if readable == math.inf:
         return prompts, 0
     limit = int(readable)
-    lengths = [len(ids) for ids in encode_prompts(policy.tokenizer, prompts.texts)]
+    lengths = [len(ids) for ids in encode_prompts(policy.tokenizer, prompts.texts, columns=prompts.columns)]
     kept = [place for place, length in enumerate(lengths) if length + max_new_tokens <= limit]
     if len(kept) == len(prompts):
         return prompts, 0
