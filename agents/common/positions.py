@@ -89,7 +89,7 @@ def table_limit(base: Any, ids: Tensor) -> int | None:
         ids: (1, S) int64, different tokens and not the one for padding, S at least 3.
     """
     found = []
-    for width in (ids.shape[1] - 1, ids.shape[1]):  # what is made for one call is no table: it differs in size
+    for width in (max(3, ids.shape[1] // 2), ids.shape[1]):  # what is made for one call is no table: it differs in size
         with _Lookups(width) as lookups:
             base(input_ids=ids[:, :width], use_cache=False)
         found.append(lookups.limits)

@@ -319,8 +319,8 @@ def _random_ids(backbone: Backbone, count: int, seed: int) -> Tensor:
 def _table_limit(backbone: Backbone) -> int | None:
     """Returns what `positions.table_limit` says; None also for models whose operations cannot be watched."""
     padding = getattr(backbone.config.get_text_config(), "pad_token_id", None)
-    width = min(8, backbone.trained_positions or 8)
-    ids = _random_ids(backbone, width + 1, 0)
+    width = min(17, backbone.trained_positions or 17)
+    ids = _random_ids(backbone, 2 * width, 0)
     ids = ids[ids != (-1 if padding is None else padding)][:width]
     if len(ids) < 3:
         return None
