@@ -70,6 +70,11 @@ def adapter_parameters(model: Any) -> list[nn.Parameter]:
     return found
 
 
+def merged_layers(model: nn.Module) -> int:
+    """Returns how many layers of a model have an adapter merged into their weights."""
+    return sum(bool(getattr(module, "merged_adapters", None)) for module in model.modules())
+
+
 def trained_outside(model: Any) -> dict[str, nn.Parameter]:
     """Returns the parameters of a peft model that are trained though no adapter holds them (biases, a norm that was unfrozen), by name."""
     inside = {id(parameter) for parameter in adapter_parameters(model)}

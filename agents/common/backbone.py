@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from textgym.agents.common.adapters import merged_layers
 from textgym.agents.common.head_scaling import find_rescaling
 from textgym.agents.common.kept_rows import KeptRows
 from textgym.agents.common.layout import Rows
@@ -58,6 +59,7 @@ class Backbone:
         self.model: Any = model
         self.vocab_size = vocab_size
         self.without_adapter, self.frozen = without_adapter, frozen
+        self._merged = merged_layers(model)
         self.autocast: torch.dtype | None = None  # what follows compares in the weights' own precision
         self._base = without_peft(model)
         self._trunk: Any = self._base.base_model
@@ -304,6 +306,11 @@ class Backbone:
         """Inside, the modules hold the weights that this backbone runs with; of a reference that shares them with a policy, its own."""
         context = contextlib.ExitStack()
         if self.frozen is not None:
+            if not self.frozen.is_lent and merged_layers(self.model) != self._merged:
+                raise ValueError(
+                    "The adapter was merged into its model, or taken out of it, after this reference was made, whose weights the model "
+                    "does not hold any more. Call `model.unmerge_adapter()`, or merge before `policy.reference()`."
+                )
             context.enter_context(self.frozen.lent())
         if self.without_adapter:
             context.enter_context(self.model.disable_adapter())

@@ -59,6 +59,11 @@ class TargetNetwork:
             parameter.data, self._lagged[name] = self._lagged[name].to(parameter.device), parameter.data
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the modules hold the lagged weights at the moment."""
+        return self._lent > 0
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that have a lagged copy."""
         return list(self._online.values())

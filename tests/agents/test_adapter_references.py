@@ -121,6 +121,18 @@ def test_references_that_training_would_move_are_refused(task, base: Path) -> No
         DPO(plain, rows, reference=CausalLMPolicy(plain.model, plain.tokenizer, device=task.device))
 
 
+def test_a_reference_whose_adapter_was_merged_meanwhile_says_so(task, base: Path) -> None:
+    policy, rows = adapted(base, "trained", task.device), pairs(task.tree)
+    agent = DPO(policy, rows, seed=0)
+    before = agent.evaluate(rows)
+    policy.model.merge_adapter()
+    agent.examples = None
+    with pytest.raises(ValueError, match="The adapter was merged into its model, or taken out of it, after this reference was made"):
+        agent.evaluate(rows)
+    policy.model.unmerge_adapter()
+    assert agent.evaluate(rows)["train/loss"] == pytest.approx(before["train/loss"], abs=1e-5)
+
+
 def test_what_is_made_from_a_reference_has_its_weights(task, base: Path) -> None:
     policy = adapted(base, "trained", task.device)
     reference = policy.reference()

@@ -280,7 +280,8 @@ def test_adapters_may_be_switched_and_merged(tiny_model, tokenizer, captures, ki
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    adapted, reference = CausalLMPolicy(model, tokenizer, device="cpu"), CausalLMPolicy(model, tokenizer, device="cpu").reference()
+    adapted = CausalLMPolicy(model, tokenizer, device="cpu")
+    reference = CausalLMPolicy(model, tokenizer, device="cpu").reference(adapter=False)
     adapted.eos_token_ids = reference.eos_token_ids = ()
 
     def layers(change):
