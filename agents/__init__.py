@@ -10,6 +10,7 @@ _HOMES = {
     "AdaptiveKLController": "textgym.kl",
     "BestOfN": "textgym.agents.best_of_n",
     "CachedEngine": "textgym.agents.engines",
+    "CausalLMActorCriticPolicy": "textgym.agents.sb3_policy",
     "CausalLMPolicy": "textgym.agents.policy",
     "ComparisonReport": "textgym.agents.comparison",
     "DPO": "textgym.agents.dpo",

@@ -196,9 +196,8 @@ class StableBaselinesVecEnv(VecEnv):
             last[i]["terminal_observation"] = infos["final_obs"][i] if self._same_step else _row(observations, i)
         if not self._same_step and not self.held:
             observations, infos = self.vector_env.reset(options={"reset_mask": dones.copy()})
-        if not self.held:
-            for i, info in _numbered(infos, dones):
-                self.reset_infos[i] = {key: value for key, value in info.items() if key not in ("final_info", "final_obs")}
+        for i, info in _numbered(infos, dones):  # a held row was not reset
+            self.reset_infos[i] = {} if self.held else {k: value for k, value in info.items() if k not in ("final_info", "final_obs")}
         return observations
 
     def close(self) -> None:
