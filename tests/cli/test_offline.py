@@ -65,7 +65,8 @@ def test_a_file_of_ones_own(textgym, file, kind: str, capsys) -> None:
     assert measured["before"]["kl_per_sequence"] == pytest.approx(0, abs=1e-4) and measured["after"]["kl_per_sequence"] > 1e-3
     assert (measured["after"]["accuracy"] is not None) == (kind == "dpo")
     shown = capsys.readouterr().out
-    assert "loss on held-out examples" in shown and "reward" not in shown.partition("Run folder")[0]
+    assert "no reward" in " ".join(shown.partition("Measuring")[0].split())
+    assert "loss on held-out examples" in shown and "reward" not in shown.partition("Measuring")[2].partition("Run folder")[0]
     samples = read_json_lines(Path("run/samples-after.jsonl"))
     assert {row["prompt"] for row in samples} <= {row["prompt"] for row in EXAMPLES[kind]}
     rows = list(csv.DictReader(Path("run/progress.csv").read_text().splitlines()))
@@ -168,7 +169,7 @@ def test_plain_texts_are_begun_and_gone_on_with(textgym, file) -> None:
         ("sft --examples same.jsonl", "same.jsonl holds 3 rows of one prompt, so no prompt can be held out: give --held-out too"),
         ("sft --examples empty.jsonl", "empty.jsonl is empty: it must hold one JSON object per line"),
         ("sft --examples two.jsonl --held-out one.jsonl", "has 1 of its 1 prompts in common with --examples"),
-        ("sft --examples one.jsonl --held-out nowhere.jsonl", "--held-out given as a path must be a file"),
+        ("sft --examples two.jsonl --held-out nowhere.jsonl", "--held-out given as a path must be a file"),
         ("sft --model ./nowhere", "--model: there is no folder"),
         ("sft --model other", "--examples must be given with --model"),
         ("sft --epochs 0", "--epochs must be"),

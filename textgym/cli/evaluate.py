@@ -232,10 +232,11 @@ def _announced(settings: EvaluateSettings, sides: _Sides, policies: "dict[str, C
     """Returns in one line what is compared with what, on what."""
     from textgym.cli.announcing import model_words, reward_words
 
+    each = "1 completion" if settings.num_generations == 1 else f"{settings.num_generations} completions"
     other = f"the column {sides.column}" if sides.against is None else model_words(sides.names[1], policies[sides.against])
     parts = [
         f"{model_words(sides.names[0], policies[sides.model])} against {other}",
-        f"{rows:,} prompts, {settings.num_generations} completions each, {sides.training.max_new_tokens} new tokens at most",
+        f"{rows:,} prompts, {each} each, {sides.training.max_new_tokens} new tokens at most",
         reward_words(sides.training.reward, sides.training.reward_weights),
     ]
     return "; ".join(parts)

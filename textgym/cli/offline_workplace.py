@@ -123,7 +123,7 @@ def _read(name: str, path: str, agent: Any) -> tuple[list[Row], int]:
     """Returns the rows of a file that the agent reads, and how many it leaves out."""
 
     def read(path: str) -> tuple[list[Row], Sequence[int]]:
-        return read_rows(path, name.removeprefix("--"), forms=f"the path of {FILES}"), agent.read(path).places.tolist()
+        return read_rows(path, agent.argument, forms=f"the path of {FILES}"), agent.read(path).places.tolist()
 
     rows, places = read_file(name, path, read)
     return [rows[place] for place in places], len(rows) - len(places)

@@ -103,6 +103,7 @@ _PHRASES: tuple[tuple[str, Phrase], ...] = (
     (r"; load one with \w+\.from_pretrained", ""),
     (r" \(`len\(tokenizer\) - 1`\)", ""),
     (r" Use `CachedEngine`[^.]*\.", ""),
+    (r"(?<=reached from here\.) `tokenizer` must be a transformers tokenizer or the path or id of one, got [^:]*:", ""),
 )
 
 
