@@ -1,7 +1,8 @@
 """Learning from comparisons in rounds: ask about what the policy writes, fit a reward model, improve the policy, and ask again.
 
-Somebody prefers one completion to another by a rule that neither the policy nor the reward model sees. One round with 600 comparisons and
-three rounds with 200 each cost the same; the later rounds are about what the policy has come to write.
+Somebody prefers one completion to another by a rule that neither the policy nor the reward model sees. One round with 1,500 comparisons and
+three rounds with 500 each cost the same. With a KL term as weak as here the policy leaves the texts that the first comparisons were about,
+and finds what only the reward model likes; the later rounds ask about what the policy has come to write.
 """
 
 import tempfile
@@ -11,7 +12,7 @@ from textgym.agents import RLHF, CausalLMPolicy, compare_policies
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.feedback import SyntheticAnnotator
 
-COMPARISONS, TOKENS, NEW_TOKENS = 600, 12_000, 24
+COMPARISONS, TOKENS, NEW_TOKENS = 1_500, 45_000, 24
 
 
 def learn(rounds, folder):
@@ -24,7 +25,7 @@ def learn(rounds, folder):
         num_pairs=COMPARISONS // rounds,
         timesteps_per_round=TOKENS // rounds,
         max_new_tokens=NEW_TOKENS,
-        agent_options={"learning_rate": 5e-4, "beta": 0.2},
+        agent_options={"learning_rate": 5e-4, "beta": 0.02},
         reward_model_options={"learning_rate": 1e-3, "n_epochs": 3, "batch_size": 32},
     )
     for one in rlhf.run(rounds):
