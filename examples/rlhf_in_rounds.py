@@ -12,18 +12,18 @@ from textgym.agents import RLHF, CausalLMPolicy, compare_policies
 from textgym.bundled import bundled_model_path, bundled_prompts
 from textgym.feedback import SyntheticAnnotator
 
-COMPARISONS, TOKENS, NEW_TOKENS = 1_500, 45_000, 24
+COMPARISONS, NEW_TOKENS = 1_500, 24
 
 
-def learn(rounds, folder):
-    """Learns in `rounds` rounds; returns what became of it."""
+def learn(rounds, timesteps, folder):
+    """Learns in `rounds` rounds, which generate `timesteps` tokens together; returns what became of it."""
     rlhf = RLHF(
         CausalLMPolicy.from_pretrained(bundled_model_path()),
         [row["prompt"] for row in bundled_prompts("train")],
         SyntheticAnnotator("film-review-true", temperature=0.25, seed=0),
         folder,
         num_pairs=COMPARISONS // rounds,
-        timesteps_per_round=TOKENS // rounds,
+        timesteps_per_round=timesteps // rounds,
         max_new_tokens=NEW_TOKENS,
         agent_options={"learning_rate": 5e-4, "beta": 0.02},
         reward_model_options={"learning_rate": 1e-3, "n_epochs": 3, "batch_size": 32},
@@ -34,12 +34,12 @@ def learn(rounds, folder):
     return rlhf
 
 
-def main() -> None:
+def main(timesteps: int = 45_000) -> None:
     held_out = [row["prompt"] for row in bundled_prompts("eval")]
     with tempfile.TemporaryDirectory() as folder:
         for rounds in (1, 3):
             print(f"{rounds} round{'s' if rounds > 1 else ''} of {COMPARISONS // rounds} comparisons")
-            rlhf = learn(rounds, Path(folder) / str(rounds))
+            rlhf = learn(rounds, timesteps, Path(folder) / str(rounds))
             report = compare_policies(
                 rlhf.policy, held_out, rlhf.agent.reference, true_reward="film-review-true", max_new_tokens=NEW_TOKENS, num_generations=4
             )

@@ -11,7 +11,14 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # Short runs where the example itself takes a minute: `main` has the argument that its reader would change.
 SHORT = {
     name: "main(timesteps=3000)"
-    for name in ("train_from_python.py", "own_model.py", "fine_grained_reward.py", "slow_judge.py", "stock_ppo_with_a_language_model.py")
+    for name in (
+        "train_from_python.py",
+        "own_model.py",
+        "fine_grained_reward.py",
+        "slow_judge.py",
+        "stock_ppo_with_a_language_model.py",
+        "rlhf_in_rounds.py",
+    )
 }
 
 

@@ -125,6 +125,7 @@ def test_a_run_goes_on_with_more_rounds(make: Callable[..., RLHF]) -> None:
     assert equal(weights(parts.policy), weights(whole.policy))
 
 
+@pytest.mark.filterwarnings("ignore::textgym.errors.TrainingWarning")  # of the collapse that is wanted here
 def test_later_rounds_ask_about_what_the_policy_has_become(make: Callable[..., RLHF]) -> None:
     rlhf = make(timesteps_per_round=2000, agent_options={"learning_rate": 1e-2, "beta": 0.0})
     first, second = rlhf.run(2)
@@ -157,6 +158,7 @@ def test_feedback_that_is_there_is_used_first(make: Callable[..., RLHF]) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*the same tokens for this model's tokenizer")  # it has learned to say one thing
+@pytest.mark.filterwarnings("ignore::textgym.errors.TrainingWarning")
 def test_demonstrations_make_the_reference(make: Callable[..., RLHF], device: str) -> None:
     start = policy(device)
     before = weights(start)
