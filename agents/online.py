@@ -115,7 +115,6 @@ class OnlineAgent(Agent):
             critic=critic,
             critic_learning_rate=settings["critic_learning_rate"],
         )
-        # The model under an adapter is the policy only while the adapter adds nothing.
         self._starts_at_reference = reference is None and not self.reference.backbone.without_adapter
         if env is not None:
             self._connect(env)
@@ -290,9 +289,9 @@ class OnlineAgent(Agent):
     def _diagnose(self, rollout: RolloutBatch) -> None:
         """Looks at a rollout before it is learned from, and tells what stands out, see `textgym.agents.common.diagnostics`."""
         paid = rollout.unshaped_returns + self._penalties(rollout)
-        varied = "reward_varied" in self.run_warnings.noted
-        room, groups = self.max_length(rollout), self.compares_groups
-        found = [*rollout_findings(rollout, paid, algorithm=type(self).__name__, room=room, compares_groups=groups, varied=varied)]
+        noted, name, room = self.run_warnings.noted, type(self).__name__, self.max_length(rollout)
+        before = {"varied": "reward_varied" in noted, "spread": "groups_varied" in noted}
+        found = [*rollout_findings(rollout, paid, algorithm=name, room=room, compares_groups=self.compares_groups, **before)]
         if self.reward_set is not None:
             found += part_findings(rollout, self.reward_set.names)
         if self.on_policy:
@@ -302,6 +301,8 @@ class OnlineAgent(Agent):
         self.run_warnings.observe(found, self.logger)
         if varies(paid):
             self.run_warnings.note("reward_varied")
+        if varies(paid.view(-1, rollout.num_generations)):
+            self.run_warnings.note("groups_varied")
         few = rollout.select(torch.arange(min(len(rollout), 4)))
         self.remember_outputs(torch.no_grad()(lambda: score_rollout(self.policy, few).log_probs))
 

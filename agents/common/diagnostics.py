@@ -12,7 +12,7 @@ from torch import Tensor
 from textgym.agents.common.batches import RolloutBatch
 
 ROLLOUTS = 2  # in a row, before a symptom of rollouts is told ...
-COMPLETIONS = 16  # ... and completions in them: a few rows are alike by chance
+COMPLETIONS = 16  # ... and completions (or groups of them) that it is seen in: a few are alike by chance
 PART_ROLLOUTS = 10  # a reward in several parts may have one that pays late
 STEPS = 10  # optimiser steps in a row
 SHORT = 12  # tokens: where completions cannot be longer they may be cut, alike or empty by design
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     Attributes:
         name: of the symptom.
         sentence: what to tell; None if the symptom is not there.
-        items: completions or steps that were looked at.
+        items: completions, groups of them or steps that were looked at.
         lasting: observations in a row that must have the symptom before it is told.
         at_least: items that they must have had together.
     """
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def rollout_findings(
-    rollout: RolloutBatch, paid: Tensor, *, algorithm: str, room: int, compares_groups: bool, varied: bool = False
+    rollout: RolloutBatch, paid: Tensor, *, algorithm: str, room: int, compares_groups: bool, varied: bool = False, spread: bool = False
 ) -> Iterator[Finding]:
     """Yields what stands out in a rollout: its rewards, its ends, its texts.
 
@@ -57,12 +57,13 @@ def rollout_findings(
         room: the most tokens that a completion can have.
         compares_groups: whether the algorithm learns only from differences between the completions of a prompt.
         varied: whether the reward varied earlier in the run.
+        spread: whether the completions of a prompt differed in it then.
     """
     yield never_ends(rollout)
     constant = saturated_reward(paid) if varied else constant_reward(paid)
     yield constant
     if compares_groups and rollout.num_generations > 1:
-        no_spread = groups_without_spread(paid, rollout.num_generations, algorithm)
+        no_spread = groups_without_spread(paid, rollout.num_generations, algorithm, varied=spread)
         yield no_spread._replace(sentence=None) if constant.sentence else no_spread  # one sentence for one cause
     if room >= SHORT:
         empty = empty_completions(rollout)
@@ -94,8 +95,8 @@ def _equal(rewards: Tensor) -> Tensor:
 
 
 def varies(paid: Tensor) -> bool:
-    """Whether some completions got more reward than others, (B,)."""
-    return not bool(_equal(paid))
+    """Whether some completions got more reward than others, (B,), or than others of their prompt, (P, G)."""
+    return not bool(_equal(paid).all())
 
 
 def constant_reward(paid: Tensor) -> Finding:
@@ -118,15 +119,27 @@ def saturated_reward(paid: Tensor) -> Finding:
     return _of_rollout("saturated_reward", None if varies(paid) else sentence, len(paid))
 
 
-def groups_without_spread(paid: Tensor, num_generations: int, algorithm: str) -> Finding:
-    """No prompt has two completions of different reward."""
-    same = bool(_equal(paid.view(-1, num_generations)).all())
-    sentence = (
-        f"No prompt had two completions of different reward (`rollout/frac_reward_zero_std` is 1), and {algorithm} learns from "
-        "these differences alone: no gradient comes from the reward; take prompts that succeed sometimes, more "
-        "`num_generations`, a higher temperature, or a finer reward."
+def groups_without_spread(paid: Tensor, num_generations: int, algorithm: str, *, varied: bool = False) -> Finding:
+    """No prompt has two completions of different reward.
+
+    Args:
+        paid: the reward of each completion, (B,); rows prompt-major.
+        num_generations: completions per prompt.
+        algorithm: who learns from it.
+        varied: whether there were such prompts earlier in the run.
+    """
+    groups = paid.view(-1, num_generations)
+    seen = "No prompt had two completions of different reward (`rollout/frac_reward_zero_std` is 1)"
+    never = (
+        f"{seen}, and {algorithm} learns from these differences alone: no gradient comes from the reward; take prompts that succeed "
+        "sometimes, more `num_generations`, a higher temperature, or a finer reward."
     )
-    return _of_rollout("no_spread", sentence if same else None, len(paid))
+    no_longer = (
+        f"{seen}, as some had earlier: {algorithm} has learned what these prompts teach, or the policy has collapsed; read completions, "
+        "and stop, take harder prompts, or raise `beta`."
+    )
+    sentence = no_longer if varied else never
+    return _of_rollout("no_spread", sentence if bool(_equal(groups).all()) else None, len(groups))
 
 
 def identical_fraction(rollout: RolloutBatch) -> float:

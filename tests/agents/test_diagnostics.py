@@ -83,6 +83,8 @@ def test_rewards_that_are_all_the_same() -> None:
 def test_groups_without_spread() -> None:
     assert told(groups_without_spread(torch.tensor([0.0, 0.0, 1.0, 1.0]), 2, "GRPO"))
     assert not told(groups_without_spread(torch.tensor([0.0, 0.0, 1.0, 0.0]), 2, "GRPO"))
+    assert groups_without_spread(torch.zeros(12), 4, "GRPO").items == 3, "prompts are counted, not completions"
+    assert "has learned what these prompts teach" in str(groups_without_spread(torch.zeros(4), 2, "RLOO", varied=True).sentence)
 
 
 def test_one_cause_is_one_sentence() -> None:
