@@ -139,7 +139,12 @@ class RewardModelTrainer(OfflineLearner):
         different = [number for number, entry in entries.items() if not entry.same_answers] or list(entries)
         kept = [number for number in different if self.max_tokens is None or entries[number].longest <= self.max_tokens]
         if not kept:
-            shortest = min(entries[number].longest for number in different)
+            shortest, limit = min(entries[number].longest for number in different), self.policy.limit
+            if limit is not None and shortest > limit:
+                raise ValueError(
+                    f"`feedback` must have a record within the {limit} tokens that the reward model reads, but the shortest of these "
+                    f"{len(different)} has {shortest}, prompt included; take a model that reads more, or shorter texts."
+                )
             raise ValueError(
                 f"`max_tokens` must be at least {shortest} to leave one of these {len(different)} records of `feedback`, got "
                 f"{self.max_tokens}: the longest text of each, prompt included, is longer."
@@ -164,7 +169,8 @@ class RewardModelTrainer(OfflineLearner):
             try:
                 entries[number] = read_entry(record, self.policy, segmenter)
             except ValueError as error:
-                raise ValueError(f"record {number} of `feedback` {error}") from error
+                joint = " " if str(error).startswith(("is ", "has ", "marks ")) else ": "
+                raise ValueError(f"record {number} of `feedback`{joint}{error}") from error
         if not entries:
             raise ValueError(
                 f"`feedback` must hold a record that a reward is learned from, got {len(records)} comments only; a judge turns them into "

@@ -384,6 +384,8 @@ def test_too_long_records(policy) -> None:
         RewardModelTrainer(model, records)
     trainer = RewardModelTrainer(model, records, max_tokens=128)
     assert trainer.examples is not None and len(trainer.examples) == 1
+    with pytest.raises(ValueError, match="a record within the 128 tokens that the reward model reads, but the shortest of these 1 has 209"):
+        RewardModelTrainer(model, records[:1], max_tokens=128)
     with pytest.raises(ValueError, match="`max_tokens` must be at least 10 to leave one of these 2 records of `feedback`, got 5"):
         RewardModelTrainer(model, records, max_tokens=5)
 

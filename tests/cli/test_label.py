@@ -255,3 +255,14 @@ def test_pairs_that_are_left_out_are_counted() -> None:
     done = label("pairs.jsonl", "--by", "length?unit=characters")
     assert "left out: 1 pairs of equal texts" in done.output and "left out: 2 pairs that are there already" in done.output
     assert len(labels()) == 1
+
+
+def test_what_it_writes_trains_dpo_comments_and_all(textgym) -> None:
+    rows = [{"prompt": f"the film was {i}", "completions": [" good.", " bad."]} for i in range(12)]
+    write("pairs.jsonl", rows)
+    assert label("pairs.jsonl", "--seed", "1", typed="c\nboth poor\na\n" + "a\n" * 11).exit_code == 0
+    assert sum(isinstance(one, Comment) for one in labels()) == 1
+    command = ["train", "dpo", "--preferences", "labels.jsonl", "--total-timesteps", "20", "--max-new-tokens", "4", "--device", "cpu"]
+    assert textgym(*command, "--out", "run") == 0
+    counts = json.loads(Path("run/config.json").read_text())
+    assert '"left_out_rows": 1' in json.dumps(counts)

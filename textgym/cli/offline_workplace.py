@@ -27,7 +27,7 @@ from textgym.cli.workplace import (
     read_prompt_rows,
     unknown_options,
 )
-from textgym.feedback.rows import parse_comparison
+from textgym.feedback.rows import parse_comparison, recognise_form
 from textgym.prompts import PromptText
 from textgym.rewards import RewardSet
 from textgym.rows import FILES, read_rows
@@ -122,11 +122,17 @@ def _option(settings: TrainSettings) -> str:
 def _read(name: str, path: str, agent: Any) -> tuple[list[Row], int]:
     """Returns the rows of a file that the agent reads, and how many it leaves out."""
 
-    def read(path: str) -> tuple[list[Row], Sequence[int]]:
-        return read_rows(path, agent.argument, forms=f"the path of {FILES}"), agent.read(path).places.tolist()
+    def read(path: str) -> tuple[list[Row], Sequence[int], int]:
+        labels = not isinstance(agent, agent_class(SFT))  # a demonstration may have any column
+        rows = read_rows(path, agent.argument, forms=f"the path of {FILES}")
+        said = [row for row in rows if not (isinstance(row, dict) and labels and recognise_form(row) == "comment")]
+        # As a file where nothing is passed over: messages then name its rows.
+        return said, agent.read(path if len(said) == len(rows) else said).places.tolist(), len(rows)
 
-    rows, places = read_file(name, path, read)
-    return [rows[place] for place in places], len(rows) - len(places)
+    rows, places, count = read_file(name, path, read)
+    if comments := count - len(rows):
+        print(f"textgym: {name}: left out {comments:,} comments, which textgym label writes between its labels")
+    return [rows[place] for place in places], count - len(places)
 
 
 def _key(agent: Any) -> Callable[[Row], str]:
