@@ -151,8 +151,12 @@ def counts_in_words(found: dict[str, Any], max_tokens: int | None) -> str:
         side = found[name]
         left_out = left_out_in_words(side["left_out"]).replace("`max_tokens`", f"max_tokens={max_tokens}")
         more = f"; left out: {left_out}" if left_out else ""
-        lines.append(f"{words} {side['records']:,} records of {side['prompts']:,} prompts{more}")
+        lines.append(f"{words} {_count(side['records'], 'record')} of {_count(side['prompts'], 'prompt')}{more}")
     return "\n".join(lines)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 # -- normalisation ---------------------------------------------------------------------------------------------------------------------

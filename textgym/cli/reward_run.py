@@ -252,8 +252,9 @@ def start(settings: RewardSettings, out: Path | None, force: bool) -> None:
     """Runs `textgym reward` from the start."""
     quiet_transformers()
     run = RewardRun.start(settings, out, force)
-    run.train()
-    run.finish()
+    with said_warnings():
+        run.train()
+        run.finish()
 
 
 def resume(path: Path, changes: dict[str, Any]) -> None:
@@ -268,4 +269,6 @@ def resume(path: Path, changes: dict[str, Any]) -> None:
     if folder.algorithm != REWARD:
         raise UserError(f"--resume {path} is a run of {folder.algorithm}: {folder.resume_command()}")
     settings = replace(folder.read_settings(RewardSettings), **changes).checked()
-    RewardRun.resume(folder, settings).go_on()
+    run = RewardRun.resume(folder, settings)
+    with said_warnings():
+        run.go_on()
