@@ -13,7 +13,7 @@ from textgym.agents.common.batches import RolloutBatch, StepObservations, micro_
 from textgym.agents.common.critic import Critic
 from textgym.agents.common.pretraining import PretrainingMix
 from textgym.agents.common.rollout_scores import reference_log_probs, score_in_parts, score_rollout, values_in_parts
-from textgym.cli.workplace import check_options
+from textgym.cli.arguments import check_options
 from textgym.feedback import Comparison, Ranking
 
 BUDGET = 17

@@ -157,7 +157,6 @@ def test_feedback_that_is_there_is_used_first(make: Callable[..., RLHF]) -> None
     assert done.comparisons == 40  # ties are no comparisons
 
 
-@pytest.mark.filterwarnings("ignore:.*the same tokens for this model's tokenizer")  # it has learned to say one thing
 @pytest.mark.filterwarnings("ignore::textgym.errors.TrainingWarning")
 def test_demonstrations_make_the_reference(make: Callable[..., RLHF], device: str) -> None:
     start = policy(device)
