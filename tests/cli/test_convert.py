@@ -104,3 +104,19 @@ def test_help_fits_eighty_columns(textgym: Any, monkeypatch: pytest.MonkeyPatch,
     assert textgym("convert", "--help") == 0
     shown = capsys.readouterr().out
     assert "…" not in shown and "textgym convert rankings.jsonl --to pairs --out pairs.jsonl" in " ".join(shown.split())
+
+
+def test_numbers_that_json_cannot_say_are_named_and_nothing_is_written(textgym: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b", "score": NaN}\n')
+    assert textgym("convert", "odd.jsonl", "--to", "pairs", "--out", "out.jsonl") == 2
+    assert "record 0 of what would be written holds what JSON cannot say" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
+def test_other_formats_are_read(textgym: Any) -> None:
+    Path("reviews.csv").write_text("text,label\nso good,pos\nso bad,neg\n")
+    assert textgym("convert", "reviews.csv", "--positive", "pos", "--to", "labels", "--out", "labels.jsonl") == 0
+    assert [(row["completion"], row["label"]) for row in rows_of("labels.jsonl")] == [("so good", True), ("so bad", False)]
+    Path("pairs.json").write_text(json.dumps([{"prompt": "x", "chosen": "a", "rejected": "b"}]))
+    assert textgym("convert", "pairs.json", "--to", "labels", "--out", "more.jsonl.gz") == 0
+    assert [row["label"] for row in rows_of("more.jsonl.gz")] == [True, False]

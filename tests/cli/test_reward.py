@@ -291,7 +291,7 @@ def test_words_that_the_model_does_not_know_are_said(textgym, capsys) -> None:
     rows = [Comparison(f"the plot {i} was", " xylophone zebra.", " quokka.") for i in range(20)]
     write_feedback("strange.jsonl", [*rows, *[Comparison(f"the plot {i} was", " good zebra.", " bad.") for i in range(20)]])
     assert textgym("reward", "--feedback", "strange.jsonl", *QUICK) == 0
-    assert "are not in this model's vocabulary" in capsys.readouterr().out
+    assert "textgym: " in (said := capsys.readouterr().err) and "of the tokens of --feedback are unknown to the tokenizer" in said
 
 
 # -- other names, and what is printed at the end -------------------------------------------------------------------------

@@ -116,7 +116,15 @@ def _write(found: "Converted", out: Path) -> None:
     import gzip
     import json
 
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found.rows).encode()
+    lines = []
+    for number, row in enumerate(found.rows):
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"record {number} of what would be written holds what JSON cannot say ({error}): mend it in the source."
+            ) from error
+    text = "".join(lines).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_bytes(gzip.compress(text) if out.suffix == ".gz" else text)

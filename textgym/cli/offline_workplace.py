@@ -123,8 +123,9 @@ def _read(name: str, path: str, agent: Any) -> tuple[list[Row], int]:
     """Returns the rows of a file that the agent reads, and how many it leaves out."""
 
     def read(path: str) -> tuple[list[Row], Sequence[int], int]:
+        labels = not isinstance(agent, agent_class(SFT))  # a demonstration may have any column
         rows = read_rows(path, agent.argument, forms=f"the path of {FILES}")
-        said = [row for row in rows if not (isinstance(row, dict) and name != "--examples" and recognise_form(row) == "comment")]
+        said = [row for row in rows if not (isinstance(row, dict) and labels and recognise_form(row) == "comment")]
         # As a file where nothing is passed over: messages then name its rows.
         return said, agent.read(path if len(said) == len(rows) else said).places.tolist(), len(rows)
 

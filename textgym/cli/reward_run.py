@@ -73,7 +73,7 @@ class RewardRun(Training):
         model = load_reward_model(settings, [*parts.train, *parts.held_out])
         falling = LinearSchedule(settings.step_size, 0.0, 1.0)
         sizes: dict[str, Any] = {"n_epochs": settings.passes, "batch_size": settings.batch_size}
-        with unknown_options(), said_warnings():
+        with unknown_options():
             trainer = RewardModelTrainer(model, parts.train, falling, seed=settings.seed, **sizes, **settings.options)
         assert trainer.examples is not None
         held_out = read_held_out(trainer, parts)
@@ -93,8 +93,7 @@ class RewardRun(Training):
         """Goes on with the run in `folder`."""
         parts = load_feedback(settings)
         evaluation = _evaluation(settings, 1, parts.held_out, folder)
-        with said_warnings():
-            trainer = RewardModelTrainer.load(folder.checkpoint, parts.train, device=check_device(settings.device), evaluation=evaluation)
+        trainer = RewardModelTrainer.load(folder.checkpoint, parts.train, device=check_device(settings.device), evaluation=evaluation)
         evaluation.interval = settings.eval_interval or _interval(trainer)
         held_out, texts = read_held_out(trainer, parts), normalisation_texts(settings, parts.train, trainer)
         return cls(trainer, held_out, texts, folder, settings)
@@ -251,8 +250,8 @@ def _interval(trainer: RewardModelTrainer) -> int:
 def start(settings: RewardSettings, out: Path | None, force: bool) -> None:
     """Runs `textgym reward` from the start."""
     quiet_transformers()
-    run = RewardRun.start(settings, out, force)
     with said_warnings():
+        run = RewardRun.start(settings, out, force)
         run.train()
         run.finish()
 
@@ -269,6 +268,5 @@ def resume(path: Path, changes: dict[str, Any]) -> None:
     if folder.algorithm != REWARD:
         raise UserError(f"--resume {path} is a run of {folder.algorithm}: {folder.resume_command()}")
     settings = replace(folder.read_settings(RewardSettings), **changes).checked()
-    run = RewardRun.resume(folder, settings)
     with said_warnings():
-        run.go_on()
+        RewardRun.resume(folder, settings).go_on()
