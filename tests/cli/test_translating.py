@@ -15,7 +15,6 @@ CASES = [
     ("train ppo --set num_generations=7", "--set num_generations=... must divide the number of environments"),
     ("train ppo --set clip_range=wide", "--set clip_range=... must be a number at least 0, got 'wide'. A schedule is taken too"),
     ("train ppo --set ptx_coef=1", "--set ptx_texts=... must be given if and only if --set ptx_coef=... is above 0, got"),
-    ("train ppo --prompts p.csv", "p.csv': one JSON object per line."),
     ("train ppo --prompts bad.jsonl", "bad.jsonl' is not JSON"),
     ("train ppo --reward film-reviw", "--reward 'film-reviw' is no reward. Did you mean 'film-review'? It takes"),
     ("train ppo --reward ./nothing", "--reward must be the name of a reward"),
@@ -52,7 +51,6 @@ def files() -> None:
     }
     for name, content in rows.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    Path("p.csv").write_text("prompt\nthe plot\n")
     Path("bad.jsonl").write_text("{no json\n")
 
 

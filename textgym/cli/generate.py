@@ -51,6 +51,9 @@ def generate(settings: GenerateSettings, arguments: Sequence[str], file: Path | 
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "num_generations", "top_k", "top_p")}
     if settings.seed is not None:
         policy.seed(settings.seed)
+    limit, needed = policy.backbone.max_positions, int(policy.encode_prompts(prompts)[1].max()) + settings.max_new_tokens
+    if limit is not None and needed > limit:
+        raise UserError(f"--max-new-tokens and the longest prompt make {needed} tokens together, but the model has {limit} positions.")
     print(f"textgym: {_announced(settings, policy, len(prompts))}", file=sys.stderr)
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]

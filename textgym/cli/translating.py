@@ -77,7 +77,6 @@ def _schedules(vocabulary: Vocabulary) -> str:
 Phrase = str | Callable[[Vocabulary], str]
 # What has no option: said in words, or left away where it is Python's affair.
 _PHRASES: tuple[tuple[str, Phrase], ...] = (
-    (r"; pass one \w+ as a list, `\[\.\.\.\]`", ": one JSON object per line"),
     (r"; pass (?:a list of strings|the path of a|a list of dicts)[^.]*(?:\.jsonl[^.]*)*\.?$", "."),
     (r"\bMend them, or pass `on_bad_row='keep_good'` to leave them out\.", _keep_good),
     (r"(?<=None is left); see `rename=` and `form=`\.", lambda known: "." + _rename(known)),
