@@ -39,7 +39,7 @@ def demonstrations(seed: int) -> list[Row]:
 
 
 def preferences(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> list[Row]:
-    """Returns pairs of the policy's own completions of the bundled prompts, labelled by Bradley–Terry with the bundled reward."""
+    """Returns pairs of different completions of the bundled prompts by the policy, labelled by Bradley–Terry with the bundled reward."""
     rows = _sampled(policy, seed, max_new_tokens)
     first, second = rows[::2], rows[1::2]
     texts = [[row["completion"] for row in half] for half in (first, second)]
@@ -47,7 +47,8 @@ def preferences(policy: "CausalLMPolicy", seed: int, max_new_tokens: int) -> lis
     pairs = []
     for one, other, outcome in zip(first, second, won, strict=True):
         chosen, rejected = (one, other) if outcome else (other, one)
-        pairs.append({**_ids(chosen, "chosen_ids"), "rejected_ids": rejected["completion_ids"]})
+        if chosen["completion_ids"] != rejected["completion_ids"]:  # two samples may be the same, which teaches nothing
+            pairs.append({**_ids(chosen, "chosen_ids"), "rejected_ids": rejected["completion_ids"]})
     return pairs
 
 
