@@ -28,10 +28,14 @@ from textgym.agents.common.trunk_decoder import TrunkDecoder
 from textgym.agents.common.ways import Batching, Decoding, Ways
 
 LONG, SHORT = 16, 7  # tokens of the rows
-STEPS = 3  # of these, taken one by one
+STEPS = 2  # of these, taken one by one
 GAP = 300  # columns between a short row's end and the present one; windows that are longer must be known from the configuration
 # Largest difference of log-probs over the tokenizer's vocabulary, as a share of how far they go apart from state to state.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = 1e-4
+# In half precision rounding alone makes much more at single states, so a float32 copy is tried in its place up to so many parameters;
+# beyond, it is the root mean square over all states that may be so large a share.
+LARGEST_COPY = 5 * 10**8
+HALF_TOLERANCE = 0.2
 DECISIVE = 1e-2  # a first token that changes less than this share of what is said at a row's end leaves a trial nothing to see
 REMEMBERED = 64  # outcomes
 NO_MATTER = ("_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration
@@ -104,9 +108,9 @@ def _tried(backbone: Backbone) -> Outcome:
         try:
             rows = _runnable_rows(backbone)
             limit = _table_limit(backbone)
-            trial = _Trial(backbone, rows)
+            trial = _Trial(_in_float32(backbone), rows)
             if not trial.is_decisive():
-                trial = _Trial(_with_other_weights(backbone), rows)
+                trial = _Trial(_with_other_weights(trial.backbone), rows)
             outcome = trial.outcome()
         finally:
             backbone.ways, backbone.autocast = before, autocast
@@ -126,8 +130,10 @@ class _Trial:
         self.backbone, self.rows = backbone, rows
         self.expected = [backbone.plain_log_probs(row) for row in rows]
         everything = torch.cat(self.expected)
-        self.spread = float((everything - everything.mean(0)).abs().max())
-        self.tolerance = TOLERANCE.get(backbone.dtype, 1e-1)
+        deviation = everything - everything.mean(0)
+        self.half = backbone.dtype not in (torch.float32, torch.float64)
+        self.spread = float(deviation.abs().max())
+        self.typical = float(deviation.square().mean().sqrt())
         self.steps = max(1, min(STEPS, len(rows[1]) - 1))
 
     def is_decisive(self) -> bool:
@@ -160,7 +166,10 @@ class _Trial:
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         # A model that is broken is left to those who look at its numbers; it is run as its configuration suggests.
         broken = not bool(expected.isfinite().all())
-        return broken or float((found - expected).abs().max()) <= self.tolerance * self.spread
+        difference = found - expected
+        if self.half:
+            return broken or float(difference.square().mean().sqrt()) <= HALF_TOLERANCE * self.typical
+        return broken or float(difference.abs().max()) <= TOLERANCE * self.spread
 
     def _check_causality(self) -> None:
         """Raises if the beginning of a row is read differently where the row goes on."""
@@ -327,6 +336,16 @@ def _table_limit(backbone: Backbone) -> int | None:
     with contextlib.suppress(Exception):
         return backbone.table_limit(ids.unsqueeze(0))
     return None
+
+
+def _in_float32(backbone: Backbone) -> Backbone:
+    """Returns a float32 copy of a half-precision model that is small enough and has nothing against it, else the model as it is."""
+    config = backbone.config
+    size = sum(parameter.numel() for parameter in backbone.model.parameters())
+    plain = config._attn_implementation in ("sdpa", "eager") and getattr(config, "quantization_config", None) is None
+    if backbone.dtype not in (torch.float16, torch.bfloat16) or size > LARGEST_COPY or not plain:
+        return backbone
+    return Backbone(copy.deepcopy(backbone.model).float(), backbone.vocab_size, without_adapter=backbone.without_adapter)
 
 
 def _with_other_weights(backbone: Backbone) -> Backbone:
