@@ -191,3 +191,14 @@ def test_adapters_of_other_names_and_several_of_them(task, base: Path, active: l
         one.learn(12, reset_num_timesteps=False)
     assert torch.equal(weights(loaded), weights(agent))
     assert loaded.evaluate(rows) == agent.evaluate(rows)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # of peft, which takes any norm
+def test_an_adapter_on_the_norms_is_run_by_transformers(tiny_model, tokenizer) -> None:
+    """LN tuning puts modules of its own in the places of norms, which the package's own layers do not know."""
+    model = peft.get_peft_model(tiny_model("llama", len(tokenizer)), peft.LNTuningConfig(task_type="CAUSAL_LM"))
+    policy = CausalLMPolicy(model, tokenizer, device="cpu")
+    assert policy.backbone.fast_trunk is None
+    generation = policy.generate(["abc", "a longer prompt"], 6, seed=0)
+    scored = policy.score(generation.prompt_ids, generation.prompt_lengths, generation.ids, generation.lengths)
+    torch.testing.assert_close(scored.log_probs, generation.log_probs, atol=1e-4, rtol=0)

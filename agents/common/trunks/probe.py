@@ -42,7 +42,10 @@ def _agrees(trunk: Trunk) -> bool:
     ids = (torch.arange(6, device=embedding.weight.device) % embedding.weight.shape[0]).view(2, 3)
     expected = model(input_ids=ids, use_cache=False).last_hidden_state
     positions = torch.arange(3, device=ids.device).repeat(2)
-    trunk.prepare(3)
-    found = trunk(ids.flatten(), positions, RowsAttention(Grid(2, 3))).view_as(expected)
+    try:
+        trunk.prepare(3)
+        found = trunk(ids.flatten(), positions, RowsAttention(Grid(2, 3))).view_as(expected)
+    except AttributeError:  # a part is not of its usual kind, such as a norm that an adapter has replaced
+        return False
     tolerance = TOLERANCE.get(expected.dtype)
     return tolerance is not None and bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance))
