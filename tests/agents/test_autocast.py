@@ -54,6 +54,7 @@ def test_references_copies_and_checkpoints_keep_it(policies, tmp_path):
     assert torch.equal(again.score(*rows).log_probs, mixed.score(*rows).log_probs)
 
 
+@pytest.mark.filterwarnings("ignore::textgym.errors.TrainingWarning")  # it learns all that there is
 def test_an_agent_learns_in_it(task, tmp_path):
     policy = task.policy(autocast=torch.bfloat16)
     agent = RLOO(policy, task.envs(96), 5e-3, beta=0.1, num_generations=4, seed=0)

@@ -291,7 +291,7 @@ BAD = {
     "num_generations": ({"num_generations": 3}, "must divide"),
     "unknown": (
         {"learning_rat": 1},
-        r"PPO has no argument `learning_rat`. Did you mean `learning_rate`\? It has: .*beta, .*clip_range, .*rollout_size",
+        r"PPO has no argument `learning_rat`. Did you mean `learning_rate`\? It has: (?=.*\bbeta,)(?=.*\bclip_range,)(?=.*\brollout_size)",
     ),
     "beta": ({"beta": -1.0}, "`beta`"),
     "critic": ({"critic": "big"}, "`critic`"),

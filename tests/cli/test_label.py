@@ -257,6 +257,7 @@ def test_pairs_that_are_left_out_are_counted() -> None:
     assert len(labels()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*unknown to the tokenizer")  # which is not what this is about
 def test_what_it_writes_trains_dpo_comments_and_all(textgym) -> None:
     rows = [{"prompt": f"the film was {i}", "completions": [" good.", " bad."]} for i in range(12)]
     write("pairs.jsonl", rows)

@@ -101,7 +101,7 @@ def test_the_bundled_preferences_are_labelled_by_the_bundled_reward() -> None:
 
     policy = CausalLMPolicy.from_pretrained(bundled_model_path(), device=DEVICE)
     pairs = default_data.preferences(policy, 0, 16)
-    assert len(pairs) == 2000
+    assert 1950 < len(pairs) <= 2000, "of 2,000 pairs of samples, those that are the same are left out"
     assert pairs == default_data.preferences(policy, 0, 16) != default_data.preferences(policy, 1, 16)
     prompts = decode(policy.tokenizer, [row["prompt_ids"] for row in pairs])
     reward = resolve_reward("film-review")[1]

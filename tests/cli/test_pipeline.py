@@ -112,6 +112,7 @@ def long_prompts(textgym: Any) -> str:
     return "prompts.jsonl"
 
 
+@pytest.mark.filterwarnings("ignore:.*unknown to the tokenizer")  # which is not what this is about
 def test_prompts_that_are_too_long_are_refused_at_once_or_left_out_and_counted(
     textgym: Any, long_prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
