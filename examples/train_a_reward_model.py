@@ -31,7 +31,9 @@ def main() -> None:
     def compared(texts: list[str], times: int) -> list:
         repeated = [text for text in texts for _ in range(times)]
         first, second = (policy.generate(repeated, max_new_tokens=MAX_NEW_TOKENS, seed=seed).texts for seed in (1, 2))
-        return annotator.compare(repeated, first, second)
+        # Now and then both are the same, from which nothing is learned.
+        pairs = [pair for pair in zip(repeated, first, second, strict=True) if pair[1] != pair[2]]
+        return annotator.compare(*zip(*pairs, strict=True))
 
     feedback, held_out = compared(prompts, 8), compared(held_out_prompts, 4)
     print("prompt:  ", feedback[0].prompt)
