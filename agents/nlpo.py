@@ -67,6 +67,8 @@ class NLPO(ClippedAgent):
         self.mask: LaggedMask | None = None
         self.mask_age = 0
         super().__init__(policy, env, learning_rate, **options)
+        # Last, so that an agent that is refused leaves the policy as it was.
+        self.policy.mask = self.mask
 
     def _setup_model(self) -> None:
         """Makes the lagged copy too, of the policy as it is now."""
@@ -77,7 +79,6 @@ class NLPO(ClippedAgent):
         check_number("min_tokens_to_keep", self.min_tokens_to_keep, 1, vocab_size)
         if self.top_p < 1:
             self.mask = LaggedMask(self.policy, self.top_p, self.min_tokens_to_keep, always=self.policy.eos_token_ids)
-            self.policy.mask = self.mask
 
     def _make_collector(self) -> RolloutCollector:
         """Samples from the masked policy; the environment says which tokens end an episode."""

@@ -53,9 +53,8 @@ def _encode_prompts(examples: Sequence[Example], tokenizer: Any, where: str) -> 
     """Returns the ids of each prompt, or of a plain text as a whole."""
     texts: list[Any] = [example.completions[0] if example.prompt is None else example.prompt for example in examples]
     # An id list would be taken for messages; any text keeps the places of the others, which error messages name.
-    readable = [texts[0] if is_ids(text) else text for text in texts] if not all(map(is_ids, texts)) else []
-    if readable and is_ids(texts[0]):
-        raise ValueError(f"{where.format(0)} has ids and others have texts; give every row in the same form.")
+    first = next((text for text in texts if not is_ids(text)), None)
+    readable = [] if first is None else [first if is_ids(text) else text for text in texts]
     encoded = encode_prompts(tokenizer, readable, f"the prompt of {where}", _columns(examples)) if readable else []
     return [list(text) if is_ids(text) else encoded[number].tolist() for number, text in enumerate(texts)]
 

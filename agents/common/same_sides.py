@@ -25,7 +25,7 @@ def check_sides(same: npt.NDArray[np.bool_], names: Sequence[str], argument: str
         return
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     shown = ", ".join(names[row] for row in rows[:_SHOWN_ROWS]) + more
-    cause = "they are the same texts, or differ only in words that the tokenizer does not know"
+    cause = "they are the same texts, or differ only in words that the tokenizer does not know or behind an end token"
     if len(rows) == len(same):
         raise ValueError(
             f"`{argument}` must have answers that differ, but the answers of every row are the same tokens ({shown}), so that nothing can "

@@ -328,13 +328,14 @@ def _random_ids(backbone: Backbone, count: int, seed: int) -> Tensor:
 def _table_limit(backbone: Backbone) -> int | None:
     """Returns what `positions.table_limit` says; None also for models whose operations cannot be watched."""
     padding = getattr(backbone.config.get_text_config(), "pad_token_id", None)
-    width = min(17, backbone.trained_positions or 17)
-    ids = _random_ids(backbone, 2 * width, 0)
-    ids = ids[ids != (-1 if padding is None else padding)][:width]
-    if len(ids) < 3:
-        return None
-    with contextlib.suppress(Exception):
-        return backbone.table_limit(ids.unsqueeze(0))
+    longest = min(17, backbone.trained_positions or 17)
+    for width in (longest, longest * 3 // 4, longest // 2):  # a short table, of which some entries lie before the first token's
+        ids = _random_ids(backbone, 2 * width, 0)
+        ids = ids[ids != (-1 if padding is None else padding)][:width]
+        if len(ids) < 3:
+            return None
+        with contextlib.suppress(Exception):
+            return backbone.table_limit(ids.unsqueeze(0))
     return None
 
 

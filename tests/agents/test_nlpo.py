@@ -191,6 +191,13 @@ def test_a_policy_has_one_mask(task) -> None:
     assert copy.deepcopy(agent.policy).mask is not None
 
 
+def test_an_agent_that_is_refused_leaves_no_mask(task) -> None:
+    policy = task.policy()
+    with pytest.raises(ValueError, match="`env`"):
+        NLPO(policy, 3, **MASK)
+    assert policy.mask is None
+
+
 def test_the_rule_by_hand() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.97, 0.01, 0.01, 0.01]]).log()
     cases = [

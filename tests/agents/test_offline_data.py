@@ -54,6 +54,13 @@ def test_ids_are_taken_as_they_are(ids, tokenizer) -> None:
     assert ids([{"prompt_ids": [a], "completion_ids": [[b], [a], [b, b]]}], preference_row) == [("a", ["b", "a", "bb"])]
 
 
+def test_ids_and_texts_may_stand_in_one_set_in_any_order(ids, tokenizer) -> None:
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    rows: list[dict[str, Any]] = [{"prompt_ids": [a], "completion_ids": [b]}, {"prompt": "b", "completion": "a"}]
+    assert ids(rows) == [("a", ["b"]), ("b", ["a<eos>"])]
+    assert ids(rows[::-1]) == [("b", ["a<eos>"]), ("a", ["b"])]
+
+
 def test_conversations_go_through_the_chat_template_to_their_first_eos(ids) -> None:
     wanted = ("<user>hi<eos>\n<assistant>", ["yes<eos>"])
     # the tokenizer of the tests has no "<": it is unknown there, and decodes to "?"

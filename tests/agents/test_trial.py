@@ -155,6 +155,13 @@ def test_tables_of_positions_are_found_wherever_they_are(kind, tokenizer):
             policy.generate([[5] * 20], limit - 19)
 
 
+def test_a_short_table_whose_first_entries_are_not_for_tokens_is_found(tokenizer):
+    policy = CausalLMPolicy(make("roberta", tokenizer, is_decoder=True, max_position_embeddings=11), tokenizer, device="cpu")
+    assert policy.backbone.max_positions == 10
+    with pytest.raises(ValueError, match=r"Generation needs 12 positions .* but the model has 10"):
+        policy.generate([[5] * 3], 9)
+
+
 def test_kto_leaves_out_mismatched_pairs_that_do_not_fit(tokenizer):
     policy = CausalLMPolicy(make("opt", tokenizer, **TABLES["opt"][1]), tokenizer, device="cpu")
     examples = [
