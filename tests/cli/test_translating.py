@@ -25,6 +25,8 @@ CASES = [
     ("train dpo --set label_smoothing=0.7", "--set label_smoothing=... must be below 0.5"),
     ("train dpo --set loss_type=ipo --set label_smoothing=0.1", "--set label_smoothing=... must be 0 with --set loss_type=ipo"),
     ("train dpo --preferences judged.jsonl", "must be a comparison or a ranking, got a judgements; "),
+    ("train dpo --preferences words.jsonl", "'completion']; textgym convert --rename OLD=NEW renames those that hold them."),
+    ("train ppo --prompts .", "(all but the last also in .gz), got"),
     ("train kto --set desirable_weight=-1", "--set desirable_weight=... must be a number at least 0"),
     ("train kto --preferences words.jsonl", "words.jsonl' must have the columns label"),
     ("sft --epochs 0", "--epochs must be a whole number of passes, at least 1, got 0."),
@@ -33,6 +35,8 @@ CASES = [
     ("sft --examples long.jsonl --set max_tokens=1", "--set max_tokens=... must be at least"),
     ("sft --examples chat.jsonl", "take a model whose tokenizer has one, or give the prompt as a string"),
     ("evaluate --reward lexicon", "reward 'lexicon' needs 'lexicon?path=...'."),
+    ("convert nowhere.jsonl --to pairs --out pairs.jsonl", "FILES given as a path must be a file, and there is none at"),
+    ("convert empty.jsonl --to pairs --out pairs.jsonl", "FILES must hold at least one row"),
     ("reward --feedback classes.jsonl", "--positive with the one that is good"),
     ("reward --feedback some.jsonl", "Mend them, or give --keep-good to leave them out."),
 ]
@@ -52,6 +56,7 @@ def files() -> None:
     for name, content in rows.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     Path("bad.jsonl").write_text("{no json\n")
+    Path("empty.jsonl").touch()
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), CASES)
@@ -60,8 +65,32 @@ def test_what_is_said_can_be_typed(textgym, files, capsys, arguments: str, sente
     said = capsys.readouterr().err
     assert sentence in said, said
     assert said.count("\n") == 1 or arguments.startswith("reward "), said  # which has a line for each kind of bad row
-    for python in ("=True", "`max_", "`n_epochs", "`prompts", "`path", "`beta", "`positive", "on_bad_row", "to_comparisons"):
+    for python in (
+        "=True",
+        "`max_",
+        "`n_epochs",
+        "`prompts",
+        "`path",
+        "`beta",
+        "`positive",
+        "on_bad_row",
+        "to_comparisons",
+        "[...]",
+        "`feedback",
+    ):
         assert python not in said
+
+
+def test_a_line_about_a_bad_row_does_not_name_the_option_again(textgym, files, capsys) -> None:
+    assert textgym("reward", "--feedback", "bad.jsonl") == 2
+    assert "\n  line 1 of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train rloo", "sft", "reward", "evaluate", "generate", "label", "bench", "pipeline"])
+def test_a_seed_below_zero_is_refused_by_its_option(textgym, capsys, command: str) -> None:
+    assert textgym(*command.split(), "--seed", "-1") == 2
+    said = capsys.readouterr().err
+    assert "--seed" in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("name", ["exact-match", "rouge-l"])

@@ -74,6 +74,11 @@ def test_lexicon_apostrophes_are_one_character(listed):
     assert reward(["don\u2019t", "don't", "Don\u02bct!", "dont"]) == [-1.0, -1.0, -1.0, 0.0]
 
 
+@pytest.mark.parametrize("listed", ["\u00e9", "e\u0301"])
+def test_lexicon_accents_have_one_form(listed):
+    assert LexiconReward({listed: 1.0}, normalise="mean")(["\u00c9", "e\u0301", "e"]) == [1.0, 1.0, 0.0]
+
+
 def test_lexicon_from_a_file(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("Good\t1.9\t0.9\t[1, 2]\ngood\t-3\n\n:)\t2.0\nno way\t-1\n", encoding="utf-8")
@@ -96,6 +101,7 @@ def test_lexicon_from_a_file(tmp_path):
         (lambda: RepetitionPenalty(0), "`ngram_size` must be at least 1, got 0"),
         (lambda: RepetitionPenalty(1, 0.5), "`max_penalty` must be at most 0, got 0.5"),
         (lambda: LexiconReward({}), "`valences` must hold at least one word"),
+        (lambda: LexiconReward({"good": float("nan")}), "`valences` must be finite numbers, got nan for 'good'"),
         (lambda: LexiconReward(VALENCES, normalise="sum"), "`normalise` must be 'compound' or 'mean', got 'sum'"),
         (lambda: ExactMatchReward("gold")(["a"], answer=["a"]), "no column 'gold'"),
         (lambda: ExactMatchReward()(["1"], answer=[1]), "column 'answer' must hold strings or lists of strings, got 1"),

@@ -57,7 +57,7 @@ def bench(
     repeats: Annotated[
         int, typer.Option(help="Measurements of each kind, whose median counts; one before them warms up.", rich_help_panel=RUN)
     ] = DEFAULTS.repeats,
-    seed: Annotated[int, typer.Option(help="Of prompts and sampling.", rich_help_panel=SAMPLING)] = DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and sampling.", rich_help_panel=SAMPLING)] = DEFAULTS.seed,
     out: Annotated[
         Path | None,
         typer.Option(

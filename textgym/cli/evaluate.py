@@ -123,7 +123,9 @@ def evaluate(
     temperature: Annotated[
         float | None, typer.Option(help="Of sampling, above 0.", show_default="1, or the run's", rich_help_panel=SAMPLING)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, the same for both sides, and of the intervals.", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of sampling, the same for both sides, and of the intervals.", rich_help_panel=SAMPLING)
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     autocast: Autocast = "auto",

@@ -36,7 +36,8 @@ class FeedbackReading:
         try:
             return read_feedback(source, self.form, on_bad_row=bad_rows, rename=self.rename, positive=self.positive)  # type: ignore[arg-type]
         except FeedbackError as error:
-            raise LinesError(f"{name} {str(error).removeprefix('`feedback` ')}") from error
+            said = str(error).removeprefix("`feedback` ").replace("  `feedback`: ", "  ")  # each line would name the option again
+            raise LinesError(f"{name} {said}") from error
         except (ValueError, OSError) as error:
             raise UserError(f"{name}: {one_line(error)}") from error
 

@@ -54,7 +54,7 @@ def label(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated text, in tokens.")] = 24,
     temperature: Annotated[float, typer.Option(help="Of sampling the texts.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the generated texts, of which text stands first, and of --by.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated texts, of which text stands first, and of --by.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Say which of two texts is better, and make feedback of it that reward models and DPO learn from.

@@ -76,7 +76,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option(help="The same seed gives the same texts.", show_default="a new one each time", rich_help_panel=SAMPLING),
+        typer.Option(min=0, help="The same seed gives the same texts.", show_default="a new one each time", rich_help_panel=SAMPLING),
     ] = None,
     json: Annotated[
         bool,

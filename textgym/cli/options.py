@@ -54,7 +54,7 @@ EvalCompletions: TypeAlias = Annotated[
         rich_help_panel=MEASURING,
     ),
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="The same seed gives the same run.", rich_help_panel=RUN)]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="The same seed gives the same run.", rich_help_panel=RUN)]
 Device: TypeAlias = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.", rich_help_panel=MODEL)]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.", rich_help_panel=RUN)]
 Resume: TypeAlias = Annotated[

@@ -13,7 +13,7 @@ _QUOTED = r"""(?<![\w`])'(?:[^'\\]|\\.)*'(?!\w)|(?<![\w`])"(?:[^"\\]|\\.)*"(?!\w
 _SPAN = re.compile(rf"`[^`\n]*`|{_QUOTED}")
 _ARGUMENT = re.compile(r"`([A-Za-z_]\w*)(?:(=)([^`]*))?`")
 _GIVEN = "path|name|source|model|reward|prompts|examples|preferences|feedback|judge|annotator|tokenizer"  # what one option gives
-_AGAIN = re.compile(rf"^(--[\w-]+(?: \S+)?): `(?:{_GIVEN})`(:?) ")
+_AGAIN = re.compile(rf"^(--[\w-]+(?: \S+)?|FILES): `(?:{_GIVEN})`(:?) ")
 # Arguments whose options have other names.
 _TYPED_AS = {"n_epochs": "epochs", "examples": "preferences", "num_rows": "num_envs", "on_bad_row": "keep_good", "records": "feedback"}
 _WORDS = {"policy": "the model", "env": "the environment", "envs": "the environments", "reward_model": "the reward model"}
@@ -70,6 +70,12 @@ def _rename(vocabulary: Vocabulary) -> str:
     return " See --rename and --form." if "rename" in vocabulary.options else " Rename their columns."
 
 
+def _rename_columns(vocabulary: Vocabulary) -> str:
+    if "rename" in vocabulary.options or "convert" not in vocabulary.commands:
+        return "; rename those that hold them"
+    return "; textgym convert --rename OLD=NEW renames those that hold them"
+
+
 def _schedules(vocabulary: Vocabulary) -> str:
     return " A schedule is taken too: linear:START:END." if "learning_rate" in vocabulary.options else ""
 
@@ -81,6 +87,8 @@ _PHRASES: tuple[tuple[str, Phrase], ...] = (
     (r"\bMend them, or pass `on_bad_row='keep_good'` to leave them out\.", _keep_good),
     (r"(?<=None is left); see `rename=` and `form=`\.", lambda known: "." + _rename(known)),
     (r"(?:read them with `read_feedback` and )?pass `textgym\.feedback\.to_\w+\(records\)`", _convert),
+    (r"; pass one \w+ as a list, `\[\.\.\.\]`", ""),
+    (r"; rename those that hold them(?=\.$)", _rename_columns),
     (r" Make one with `[^`]+`\.", ""),
     (r" Make the environment with `tokenizer=policy\.tokenizer`\.", ""),
     (r", or make_reward\([^)]*\)", ""),

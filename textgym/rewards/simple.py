@@ -6,6 +6,7 @@ gives them others). Completions may be strings or message lists.
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
@@ -139,6 +140,11 @@ class RepetitionPenalty(NamedReward):
         return self.max_penalty * (1.0 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0
 
 
+def _one_form(text: str) -> str:
+    """Returns a text in which a letter with an accent is one character, and every apostrophe the straight one."""
+    return unicodedata.normalize("NFC", text).translate(_APOSTROPHES)
+
+
 class LexiconReward(NamedReward):
     """Sentiment by a list of words with valences, such as that of VADER (Hutto & Gilbert 2014).
 
@@ -147,12 +153,15 @@ class LexiconReward(NamedReward):
         "compound":  R = s / sqrt(s² + 15),  s = Σ v        in (-1, 1): VADER's normalisation, without its rules for negation and emphasis
         "mean":      R = Σ v / number of words in the list  in the range of the valences; 0 if there is none
 
-    A word is a run of letters and apostrophes, straight or curly, in lower case; a run between white space that is in the list as it stands
-    (an emoticon) counts as that.
+    A word is a run of letters (accents in either form of Unicode) and apostrophes, straight or curly, in lower case; a run between white
+    space that is in the list as it stands (an emoticon) counts as that.
 
     Args:
         valences: word to valence, positive for good; keys in lower case.
         normalise: `"compound"` or `"mean"`.
+
+    Raises:
+        ValueError: an argument breaks these rules, or a valence is not finite.
     """
 
     def __init__(self, valences: Mapping[str, float], *, normalise: Literal["compound", "mean"] = "compound") -> None:
@@ -162,7 +171,9 @@ class LexiconReward(NamedReward):
             raise ValueError(f"`normalise` must be 'compound' or 'mean', got {normalise!r}.")
         self.valences: dict[str, float] = {}
         for word, valence in valences.items():
-            self.valences.setdefault(word.translate(_APOSTROPHES), valence)
+            if not math.isfinite(valence):
+                raise ValueError(f"`valences` must be finite numbers, got {valence} for {word!r}.")
+            self.valences.setdefault(_one_form(word), valence)
         self.normalise = normalise
 
     @classmethod
@@ -189,7 +200,7 @@ class LexiconReward(NamedReward):
         return [self._score(completion_text(completion)) for completion in completions]
 
     def _score(self, text: str) -> float:
-        found = [self.valences[word] for word in self._words(text.lower().translate(_APOSTROPHES)) if word in self.valences]
+        found = [self.valences[word] for word in self._words(_one_form(text.lower())) if word in self.valences]
         total = sum(found)
         if self.normalise == "compound":
             return total / math.sqrt(total * total + 15.0)

@@ -45,12 +45,12 @@ def as_latex(expression: str) -> str:
 
 
 EQUALS = re.compile(r"(?<![<>!\\:=])=(?!=)")
-_LIST_COMMA = re.compile(r";|,(?!\d{3}(?!\d))")
+_SEVERAL = re.compile(r";|,(?!\d{3}(?!\d))|\b(?:and|or)\b")
 
 
 def sides(answer: str) -> list[str]:
     r"""Returns the values that an equation gives, the last of each chain: 7 of `3 + 4 = 7`, `\pi` and 3.14 of `\pi \approx 3.14`."""
-    if len(answer) > _LONGEST_EXPRESSION or _LIST_COMMA.search(answer):
+    if len(answer) > _LONGEST_EXPRESSION or _SEVERAL.search(answer):
         return [answer]
     return [normalise(EQUALS.split(part)[-1]) for part in answer.split(r"\approx")]
 

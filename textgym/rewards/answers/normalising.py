@@ -57,6 +57,9 @@ _CLEANING = [
         (r"\\(?:text(?:normal|bf|it|rm)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", " degrees "),
         (r"\\%", "%"),
+        (r"\{:\}", ":"),  # a time of day without the space around a ratio
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"(?i)(?<![a-z])([ap])\.m(?:\.|(?![a-z]))", r"\1m"),
         (r"(?<!\^)\*\*(?=[-\d({a-zA-Z])", "^"),  # Python's power
         (r"\^\s*(-?\d+)(?![\d.])", r"^{\1}"),  # x^10 is meant to be x^{10}
         (r"_\s*(\d)(?!\d)", r"_{\1}"),
@@ -74,9 +77,11 @@ _WRAPPERS = [
         r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*)\}",
         r"\{([^{}]*)\}",
         r"\(([^\s(),]+)\)",  # (5), (B); a point or an interval has a comma
+        r"([a-zA-Z])\)",  # B), as choices are listed
     )
 ]
 _EMPHASIS = '*_`"'
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _LONGEST_DRESS = 10_000  # characters; longer than any answer but a number of digits alone
 
 
@@ -107,5 +112,8 @@ def _undressed(answer: str) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Returns whether two normalised answers are the same text, white space and upper and lower case apart."""
-    return bool(first) and "".join(first.split()).casefold() == "".join(second.split()).casefold()
+    """Returns whether two normalised answers are the same text, white space and upper and lower case apart.
+
+    Only a space between two digits counts: `3 1/2` is not `31/2`.
+    """
+    return bool(first) and _SPACE.sub("", first).casefold() == _SPACE.sub("", second).casefold()
