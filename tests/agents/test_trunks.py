@@ -179,7 +179,7 @@ def test_lora_adapters_work_inside(tokenizer, device):
                 if "lora_" in name:
                     parameter.normal_(std=0.3)
         policy = CausalLMPolicy(model, tokenizer, device=device)
-        reference = policy.reference()
+        reference = policy.reference(adapter=False)
         assert policy.backbone.fast_trunk is not None and reference.backbone.fast_trunk is not None
         rows = ragged(policy, 3)
         adapted, plain = policy.score(*rows).log_probs, reference.score(*rows).log_probs

@@ -140,6 +140,7 @@ def test_samples_follow_the_distribution_that_is_scored(device):
     np.testing.assert_allclose(log_probs, np.take_along_axis(exact, found, axis=1), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::textgym.errors.TrainingWarning")  # the policy is moved behind the agent's back
 def test_the_default_reference_is_frozen(device):
     """An agent that is given none penalises the distance from where it began, also after it has moved."""
     setup = make_setup(tiny_tree(), seed=0, num_envs=1, device=device)
