@@ -202,7 +202,7 @@ AGENT_MUTATIONS = [
              "rewards - self.betas", "rewards + self.betas", agent("PPO, value head", "expected_gradient_through_a_users_wrapper")),
     Mutation("reference is the policy itself", "textgym.agents.policy:CausalLMPolicy.reference",
              "copy.deepcopy(self, {id(self.engine): self.engine})\n        frozen.requires_grad_(False)", "copy.copy(self)",
-             "certification/test_agent_gradients.py::test_the_default_reference_is_frozen"),
+             "certification/test_agent_gradients.py::test_the_default_reference_is_frozen", raises=ValueError),  # the agent refuses it
     Mutation("temperature: not on the reference", "textgym.agents.common.numpy_protocol:NumpyProtocol.reference_sequence_log_probs",
              "self._other(reference), layout, self.sampling", "self._other(reference), layout, type(self.sampling)()",
              agent("PPO, value head", "expected_gradient_at_another_temperature")),

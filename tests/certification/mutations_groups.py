@@ -59,7 +59,7 @@ MUTATIONS = [
      GRPO_UPDATE["dapo"]),
     ("GRPO: dr_grpo by the lengths at hand", f"{LOSSES}:grpo_reduction",
      'max_length if loss_type == "dr_grpo" else mean_length', "mean_length", GRPO_UPDATE["dr_grpo"]),
-    ("GRPO: longest length with the prompt in it", f"{GRPO}.max_length",
+    ("GRPO: longest length with the prompt in it", "textgym.agents.online:OnlineAgent.max_length",
      "shape[-1] - rollout.prompt_ids.shape[1]", "shape[-1]", GRPO_UPDATE["dr_grpo"]),
     ("GRPO: dr_grpo scaled unasked", f"{GRPO}.__init__", '"none" if loss_type == "dr_grpo" else "group"', '"group"',
      GRPO_UPDATE["dr_grpo"]),
