@@ -28,7 +28,7 @@ MUTATIONS = [
      f"{EXACT}kl_is_taken_under_the_mask[one pass]"),
     ("NLPO: the mask of now in the update, closed loop", "textgym.agents.common.rollout_scores:_score_steps",
      "keep = None if batch.kept is None else", "keep = None if True else", CLOSED),
-    ("NLPO: acts without the mask", "textgym.agents.policy:CausalLMPolicy.predict", "self._legal_at(batch)", "None", SINGLE),
+    ("NLPO: acts without the mask", "textgym.agents.common.numpy_protocol:NumpyProtocol.predict", "self._legal_at(batch)", "None", SINGLE),
     ("NLPO: EOS can be illegal", "textgym.agents.common.sampling:TokenRule.__call__", "kept | self._in_any_case(logits)", "kept", FOLLOWS),
     ("NLPO: the floor is forgotten", "textgym.agents.common.sampling:TokenRule.__call__",
      "kept = kept | (logits >= last)", "pass", f"{EXACT}a_floor_keeps_the_most_probable_tokens"),
