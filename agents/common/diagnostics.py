@@ -234,7 +234,7 @@ def negative_kl(rollout: RolloutBatch, dtype: torch.dtype) -> Finding:
 def sampling_mismatch(sampled: Tensor, scored: Tensor, mask: Tensor, dtype: torch.dtype) -> Finding:
     """The log-probs that sampling gave differ from those of the training pass over the same tokens; each (B, T)."""
     limit = tolerance(dtype)
-    gap = float((sampled - scored).abs()[mask].mean())
+    gap = _mean_gap(sampled, scored, mask)
     sentence = (
         f"The log-probabilities of the sampled tokens differ from those of the training pass by {gap:.3g} nats per token (up to "
         f"{limit:g} is rounding in {_short(dtype)}): the policy learns from samples that are not its own; make it with "
@@ -246,13 +246,18 @@ def sampling_mismatch(sampled: Tensor, scored: Tensor, mask: Tensor, dtype: torc
 def ratio_at_start(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, dtype: torch.dtype) -> Finding:
     """The ratio of the policy to itself, before the first step; it must be 1. Both (B, T)."""
     limit = tolerance(dtype)
-    gap = float((log_probs - old_log_probs).abs()[mask].mean())
+    gap = _mean_gap(log_probs, old_log_probs, mask)
     sentence = (
         f"Before the first optimiser step the ratio of the policy to itself is off 1 by {gap:.3g} in its logarithm (up to "
         f"{limit:g} is rounding in {_short(dtype)}): two passes over the same tokens do not agree; switch dropout off "
         "(`policy.model.eval()`), set `micro_batch_size=1` if rows influence each other, or train in float32."
     )
     return Finding("ratio_at_start", sentence if not gap <= limit else None)
+
+
+def _mean_gap(one: Tensor, other: Tensor, mask: Tensor) -> float:
+    """Returns how far two sets of log-probs are apart, in nats per token that counts."""
+    return float((one - other).abs()[mask].mean())
 
 
 def _short(dtype: torch.dtype) -> str:

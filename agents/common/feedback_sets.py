@@ -285,8 +285,7 @@ class FeedbackSet:
 
     def same_sides(self) -> npt.NDArray[np.bool_]:
         """Returns which records compare answers or segments that are all the same tokens, (N,)."""
-        compared = (entry.kind in ("compared", "ranked") for entry in self.entries)
-        return np.array([one and len(set(places)) == 1 for one, places in zip(compared, self._places, strict=True)])
+        return np.array([entry.same_answers for entry in self.entries])
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from others, as JSON types."""
